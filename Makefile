@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run    the whole thing on an embedded server, with a simulated exchange and Apply Layer"
+	@echo "make test   lint, types and all tests"
+	@echo "make clean  remove .venv, caches and ./var"
+
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 …"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install -q -e '.[all]' --group dev
+	@touch $@
+
+run: .venv/.stamp
+	$(BIN)/governor demo $(ARGS)
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/coverage erase
+	$(BIN)/pytest --cov --cov-report=
+	$(BIN)/coverage report --include='governor/decider.py,governor/gates.py,governor/machine.py,projections/*' --fail-under=100
+	$(BIN)/coverage report
+
+clean:
+	rm -rf .venv var .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

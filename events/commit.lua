@@ -1,0 +1,80 @@
+-- One commit: all of it or nothing.
+--
+-- Every check comes before the first write, and the first write is the append: a Lua error keeps the writes made
+-- before it, so nothing after the append may be able to fail (SET and DEL cannot, RPUSH follows a DEL, and the
+-- types of the other streams were looked at). Out of memory and lost replicas are refused at the first write.
+--
+-- KEYS: event stream, emergency brake, one a requirement, one a write, one a stream to acknowledge on
+-- ARGV: expected seq, expected hash, grants (0|1), counts of requirements, entries, writes, acknowledgements, then
+--   requirement: present (0|1)
+--   entry:       id, number of strings, field, value …
+--   write:       set|del|list, ttl in ms (0: none), number of values, value …
+--   acknowledge: group, number of ids, id …
+local argument = 0
+local function take()
+  argument = argument + 1
+  return ARGV[argument]
+end
+local function take_some(count)
+  local values = {}
+  for i = 1, count do values[i] = take() end
+  return values
+end
+local key = 0
+local function take_key()
+  key = key + 1
+  return KEYS[key]
+end
+
+local events, halt = take_key(), take_key()
+local expected_seq, expected_hash, grants = take(), take(), take()
+local requirements, entries, writes, acknowledgements =
+  tonumber(take()), tonumber(take()), tonumber(take()), tonumber(take())
+
+local seq, hash = '0', string.rep('0', 64)
+local last = redis.call('XREVRANGE', events, '+', '-', 'COUNT', 1)[1]
+if last then
+  for i = 1, #last[2], 2 do
+    if last[2][i] == 'seq' then seq = last[2][i + 1] elseif last[2][i] == 'hash' then hash = last[2][i + 1] end
+  end
+end
+if seq ~= expected_seq or hash ~= expected_hash then return {'CONFLICT', seq, hash} end
+
+for i = 1, requirements do
+  if redis.call('EXISTS', take_key()) ~= tonumber(take()) then return {'REQUIREMENT', tostring(i - 1), ''} end
+end
+if grants == '1' then
+  local brake = redis.call('TYPE', halt).ok
+  if brake ~= 'none' then return {'HALTED', brake == 'string' and redis.call('GET', halt) or '', ''} end
+end
+for i = 1, acknowledgements do
+  local kind = redis.call('TYPE', KEYS[2 + requirements + writes + i]).ok
+  if kind ~= 'stream' and kind ~= 'none' then
+    return redis.error_reply('WRONGTYPE ' .. KEYS[2 + requirements + writes + i] .. ' is a ' .. kind .. ', expected a stream')
+  end
+end
+
+for _ = 1, entries do
+  local id = take()
+  redis.call('XADD', events, id, unpack(take_some(tonumber(take()))))
+end
+for _ = 1, writes do
+  local name, op, ttl = take_key(), take(), tonumber(take())
+  local values = take_some(tonumber(take()))
+  if op == 'set' and ttl > 0 then
+    redis.call('SET', name, values[1], 'PX', ttl)
+  elseif op == 'set' then
+    redis.call('SET', name, values[1])
+  else
+    redis.call('DEL', name)
+    if op == 'list' and #values > 0 then
+      redis.call('RPUSH', name, unpack(values))
+      if ttl > 0 then redis.call('PEXPIRE', name, ttl) end
+    end
+  end
+end
+for _ = 1, acknowledgements do
+  local name, group = take_key(), take()
+  redis.call('XACK', name, group, unpack(take_some(tonumber(take()))))
+end
+return {'OK', '', ''}

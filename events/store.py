@@ -1,0 +1,359 @@
+"""The event store: append at an expected head, read, follow.
+
+The one promise everything else stands on: a commit is all or nothing, and it happens only if the stream still
+ends where the caller thinks it ends. Two governors, or a governor and the command line, can therefore never both
+grant a plan; whoever comes second gets a ConflictError, reads on, and decides again.
+
+A reply that got lost leaves the outcome unknown. Nobody has to find out which it was: the caller reads the
+stream, folds what is there and decides again from that; a late copy of the lost commit expects a head that is no
+longer there, or makes the second attempt conflict. That is why the Redis client must never retry by itself, and
+why every proposal is written so that proposing it twice says nothing new.
+
+Errors:
+
+    StoreError
+     ├─ ConflictError        the head moved; nothing was written
+     ├─ RequirementError     a key that should be there is gone, or the other way round; nothing was written
+     ├─ HaltedError          the emergency brake is set and the commit grants permits; nothing was written
+     ├─ RefusedError         the server cannot write now (memory, replica, disk); nothing was written
+     └─ UnavailableError     no server, or no answer: the outcome is unknown
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import redis.asyncio
+import redis.exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from events.chain import GENESIS
+from events.codec import plain_fields
+from events.types import Entry, Head
+
+_SCRIPT = (Path(__file__).parent / "commit.lua").read_text()
+
+
+_REFUSALS = (
+    "NOREPLICAS", "MISCONF", "READONLY", "OOM ", "NOPERM", "ACL failure", "WRONGTYPE", "CLUSTERDOWN", "CROSSSLOT",
+)  # fmt: skip
+
+
+class StoreError(Exception):
+    """Nothing was committed, or nobody knows; the subclass says which."""
+
+
+class ConflictError(StoreError):
+    """The stream does not end where the commit expected."""
+
+    def __init__(self, expected: Head, actual: Head) -> None:
+        super().__init__(f"expected the stream to end at event {expected.seq}, it ends at {actual.seq}")
+        self.expected = expected
+        self.actual = actual
+
+
+class RequirementError(StoreError):
+    """A key the commit depends on is not as required."""
+
+    def __init__(self, index: int, key: str) -> None:
+        super().__init__(f"{key} is not as this commit requires")
+        self.index = index
+        """Position in the commit's requirements."""
+        self.key = key
+
+
+class HaltedError(StoreError):
+    """The emergency brake is set."""
+
+    def __init__(self, value: str) -> None:
+        super().__init__(f"the emergency brake is set: {value}")
+        self.value = value
+
+
+class RefusedError(StoreError):
+    """The server refused to write."""
+
+
+class UnavailableError(StoreError):
+    """No server, or no answer in time."""
+
+
+class Require(NamedTuple):
+    """A key that has to be present, or absent, for the commit to happen."""
+
+    key: str
+    present: bool
+
+
+class Write(NamedTuple):
+    """One key to set, delete, or replace by a list. `ttl_ms` 0 means that it stays."""
+
+    op: str
+    key: str
+    values: tuple[bytes, ...] = ()
+    ttl_ms: int = 0
+
+
+class Ack(NamedTuple):
+    """A stream entry the group has dealt with."""
+
+    stream: str
+    group: str
+    entry_id: str
+
+
+class Commit(NamedTuple):
+    """Everything that happens in one atomic step."""
+
+    expected: Head
+    entries: Sequence[Entry]
+    requires: Sequence[Require] = ()
+    writes: Sequence[Write] = ()
+    acks: Sequence[Ack] = ()
+    grants: bool = False
+    """Whether it grants a permit, and so must be refused while the emergency brake is set."""
+
+
+class EventStore(Protocol):
+    """What the rest of the program knows of a store."""
+
+    async def commit(self, commit: Commit) -> None:
+        """All of it or nothing. Raises one of StoreError."""
+        ...
+
+    async def head(self) -> Head:
+        """Where the stream ends now."""
+        ...
+
+    async def read(self, after: int, *, limit: int = 1000) -> list[Entry]:
+        """Entries after event number `after`, in order, at most `limit`."""
+        ...
+
+    async def follow(self, after: int, *, timeout_s: float) -> list[Entry]:
+        """Like read, but waits up to `timeout_s` for the first one."""
+        ...
+
+    async def values(self, *keys: str) -> list[bytes | None]:
+        """Values of string keys, None where there is none."""
+        ...
+
+    async def write(self, writes: Sequence[Write]) -> None:
+        """Write public keys that need no event, such as one that somebody deleted."""
+        ...
+
+
+def entry_of(fields: dict[bytes, bytes]) -> Entry:
+    """The entry in a stream entry's fields.
+
+    Raises:
+        KeyError: a field is missing.
+        ValueError: seq is no number, or text is not UTF-8.
+    """
+    return Entry(
+        fields[b"event"].decode(),
+        int(fields[b"seq"]),
+        fields[b"timestamp"].decode(),
+        fields[b"data"],
+        fields[b"hash"].decode(),
+    )
+
+
+def client(**options: Any) -> redis.asyncio.Redis:
+    """A Redis client as this program needs it: RESP2, and never a retry of its own.
+
+    redis-py's default repeats any command up to ten times after a lost reply, an append included.
+    """
+    return redis.asyncio.Redis(
+        protocol=2, retry=Retry(NoBackoff(), 0), health_check_interval=0, socket_connect_timeout=2, **options
+    )
+
+
+def _unavailable(error: Exception) -> StoreError:
+    text = str(error)
+    refused = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError)
+    if isinstance(error, refused) or any(word in text for word in _REFUSALS):
+        return RefusedError(text)
+    return UnavailableError(f"{type(error).__name__}: {text}")
+
+
+class RedisStore:
+    """Events on a Redis stream, entry ids `<seq>-0`."""
+
+    def __init__(self, connection: redis.asyncio.Redis, *, stream: str, halt: str) -> None:
+        self._execute: Callable[..., Any] = connection.execute_command
+        self._stream = stream
+        self._halt = halt
+        self._sha: str | None = None
+
+    async def commit(self, commit: Commit) -> None:
+        if not commit.entries and (commit.requires or commit.grants):
+            raise ValueError("a commit without events has nothing to protect")
+        keys, arguments = self._pack(commit)
+        reply = await self._evaluate(keys, arguments)
+        match reply[0]:
+            case b"OK":
+                return
+            case b"CONFLICT":
+                raise ConflictError(commit.expected, Head(int(reply[1]), reply[2].decode()))
+            case b"REQUIREMENT":
+                index = int(reply[1])
+                raise RequirementError(index, commit.requires[index].key)
+            case _:
+                raise HaltedError(reply[1].decode(errors="replace"))
+
+    async def head(self) -> Head:
+        last = await self._call("XREVRANGE", self._stream, "+", "-", "COUNT", 1)
+        entries = _entries(last)
+        return Head(entries[0].seq, entries[0].hash) if entries else GENESIS
+
+    async def read(self, after: int, *, limit: int = 1000) -> list[Entry]:
+        return _entries(await self._call("XRANGE", self._stream, f"{after + 1}-0", "+", "COUNT", limit))
+
+    async def follow(self, after: int, *, timeout_s: float) -> list[Entry]:
+        block = max(1, int(timeout_s * 1000))
+        reply = await self._call("XREAD", "COUNT", 1000, "BLOCK", block, "STREAMS", self._stream, f"{after}-0")
+        return _entries(reply[0][1]) if reply else []
+
+    async def values(self, *keys: str) -> list[bytes | None]:
+        values: list[bytes | None] = await self._call("MGET", *keys)
+        return values
+
+    async def write(self, writes: Sequence[Write]) -> None:
+        for write in writes:
+            ttl = ("PX", write.ttl_ms) if write.ttl_ms else ()
+            if write.op == "set":
+                await self._call("SET", write.key, write.values[0], *ttl)
+            else:
+                await self._call("DEL", write.key)
+                if write.op == "list" and write.values:
+                    await self._call("RPUSH", write.key, *write.values)
+                    if write.ttl_ms:
+                        await self._call("PEXPIRE", write.key, write.ttl_ms)
+
+    def _pack(self, commit: Commit) -> tuple[list[str], list[str | bytes | int]]:
+        acks: dict[tuple[str, str], list[str]] = {}
+        for ack in commit.acks:
+            acks.setdefault((ack.stream, ack.group), []).append(ack.entry_id)
+        keys = [self._stream, self._halt]
+        keys += [require.key for require in commit.requires]
+        keys += [write.key for write in commit.writes]
+        keys += [stream for stream, _ in acks]
+        arguments: list[str | bytes | int] = [commit.expected.seq, commit.expected.hash, int(commit.grants)]
+        arguments += [len(commit.requires), len(commit.entries), len(commit.writes), len(acks)]
+        arguments += [int(require.present) for require in commit.requires]
+        for entry in commit.entries:
+            extra = [part for pair in plain_fields(entry) for part in pair]
+            arguments += [f"{entry.seq}-0", 10 + len(extra), "event", entry.name, "seq", entry.seq]
+            arguments += ["timestamp", entry.timestamp, "data", entry.data, "hash", entry.hash, *extra]
+        for write in commit.writes:
+            arguments += [write.op, write.ttl_ms, len(write.values), *write.values]
+        for (_, group), ids in acks.items():
+            arguments += [group, len(ids), *ids]
+        return keys, arguments
+
+    async def _evaluate(self, keys: list[str], arguments: list[str | bytes | int]) -> list[bytes]:
+        for _ in range(3):
+            if self._sha is None:
+                self._sha = await self._call("SCRIPT LOAD", _SCRIPT)
+            try:
+                reply: list[bytes] = await self._execute("EVALSHA", self._sha, len(keys), *keys, *arguments)
+                return reply
+            except redis.exceptions.NoScriptError:
+                self._sha = None  # a restart or a promotion emptied the script cache
+            except Exception as error:
+                raise _unavailable(error) from error
+        raise UnavailableError("the server forgets the commit script as soon as it is loaded")
+
+    async def _call(self, *command: Any) -> Any:
+        try:
+            return await self._execute(*command)
+        except Exception as error:  # redis-py lets TypeError and AttributeError out of broken connections too
+            raise _unavailable(error) from error
+
+
+def _entries(reply: Any) -> list[Entry]:
+    entries = []
+    for entry_id, fields in reply:
+        try:
+            entries.append(entry_of(fields))
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            raise StoreError(f"entry {entry_id!r} of the event stream is no event: {error!r}") from error
+    return entries
+
+
+class MemoryStore:
+    """The same promises without a server, for tests, the simulation and dry evaluation.
+
+    Args:
+        now_ms: the server's clock, milliseconds; keys expire by it.
+    """
+
+    def __init__(self, now_ms: Any = lambda: 0, *, halt: str = "quantum:governor:halt") -> None:
+        self._now_ms = now_ms
+        self._halt = halt
+        self.entries: list[Entry] = []
+        self.acknowledged: set[Ack] = set()
+        self._keys: dict[str, tuple[tuple[bytes, ...], int | None]] = {}
+        self._grown = asyncio.Event()
+
+    def get(self, key: str) -> tuple[bytes, ...] | None:
+        """A key's value or list, or None when it is not there (any more)."""
+        held = self._keys.get(key)
+        if held is None or (held[1] is not None and held[1] <= self._now_ms()):
+            self._keys.pop(key, None)
+            return None
+        return held[0]
+
+    def take(self, key: str) -> bool:
+        """Delete a key, as a client does that consumes a permit. True if it was there."""
+        there = self.get(key) is not None
+        self._keys.pop(key, None)
+        return there
+
+    async def commit(self, commit: Commit) -> None:
+        if not commit.entries and (commit.requires or commit.grants):
+            raise ValueError("a commit without events has nothing to protect")
+        actual = await self.head()
+        if actual != commit.expected:
+            raise ConflictError(commit.expected, actual)
+        for index, require in enumerate(commit.requires):
+            if (self.get(require.key) is not None) != require.present:
+                raise RequirementError(index, require.key)
+        if commit.grants and (brake := self.get(self._halt)) is not None:
+            raise HaltedError(brake[0].decode(errors="replace"))
+        self.entries += commit.entries
+        await self.write(commit.writes)
+        self.acknowledged.update(commit.acks)
+        self._grown.set()
+
+    async def head(self) -> Head:
+        return Head(self.entries[-1].seq, self.entries[-1].hash) if self.entries else GENESIS
+
+    async def read(self, after: int, *, limit: int = 1000) -> list[Entry]:
+        first = self.entries[0].seq if self.entries else 1
+        start = max(0, after + 1 - first)
+        return self.entries[start : start + limit]
+
+    async def follow(self, after: int, *, timeout_s: float) -> list[Entry]:
+        if not await self.read(after, limit=1):
+            self._grown.clear()
+            try:
+                await asyncio.wait_for(self._grown.wait(), timeout_s)
+            except TimeoutError:
+                return []
+        return await self.read(after)
+
+    async def values(self, *keys: str) -> list[bytes | None]:
+        held = [self.get(key) for key in keys]
+        return [value[0] if value else None for value in held]
+
+    async def write(self, writes: Sequence[Write]) -> None:
+        for write in writes:
+            self._keys.pop(write.key, None)
+            if write.op == "set" or (write.op == "list" and write.values):
+                expires = self._now_ms() + write.ttl_ms if write.ttl_ms else None
+                self._keys[write.key] = (write.values, expires)

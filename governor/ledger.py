@@ -1,0 +1,296 @@
+"""The ledger: the live state, and the only way to change it.
+
+Whoever wants something to happen submits a proposal, a pure function of the state and the time. The ledger takes
+whatever waits, lets each proposal see what the ones before it leave (on a fork of the state), and writes all of it
+in one commit. The state itself only ever folds what was committed. When the stream's head has moved, or nobody
+knows whether a commit happened, it reads on, folds, and asks every proposal again: a proposal looks at the state
+first and says nothing new where its work is already done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import structlog
+
+from events import chain
+from events.codec import decode, encode_all
+from events.keys import Keys
+from events.store import (
+    Ack,
+    Commit,
+    ConflictError,
+    EventStore,
+    HaltedError,
+    RefusedError,
+    Require,
+    RequirementError,
+    StoreError,
+    UnavailableError,
+    Write,
+)
+from events.types import Entry, Event, Head, Recorded
+from governor import permits
+from projections import views
+from projections.state import State, evolve, initial
+
+log = structlog.get_logger("governor.ledger")
+
+MAX_EVENTS = 512
+"""A commit is closed once it holds this many events."""
+PAGE = 5000
+RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class HistoryError(StoreError):
+    """The stream does not continue what was already folded: it was cut, emptied or replaced."""
+
+
+class Proposal(NamedTuple):
+    """What should happen, decided on a state."""
+
+    events: Sequence[Event] = ()
+    requires: Sequence[Require] = ()
+    writes: Sequence[Write] = ()
+    """Beside the permits and public keys, which follow from the events."""
+    acks: Sequence[Ack] = ()
+    value: Any = None
+    """For the one who proposed it."""
+
+
+Propose = Callable[[State, int], Proposal]
+"""Given the state and the clock (microseconds), what should happen. Pure; may raise to say "not like this"."""
+
+
+class Outcome(NamedTuple):
+    """What became of a sequence of proposals."""
+
+    values: list[Any]
+    """Of those that were committed, in order."""
+    error: Exception | None
+    """Raised by the next one; those after it were not looked at."""
+
+
+class _Item(NamedTuple):
+    proposals: Sequence[Propose]
+    done: asyncio.Future[Outcome]
+
+
+class Ledger:
+    """State and commits over one event store.
+
+    Args:
+        store: where the events are.
+        keys: names of the public keys.
+        clock: microseconds since the epoch.
+        audit_key: key of the chain, if it is keyed.
+        observe: called with every event folded after `open`, and the state after it.
+        sleep: waits between attempts while the server is away.
+    """
+
+    def __init__(
+        self,
+        store: EventStore,
+        keys: Keys,
+        clock: Callable[[], int],
+        *,
+        audit_key: bytes | None = None,
+        observe: Callable[[Recorded, State], None] = lambda _recorded, _state: None,
+        sleep: Callable[[float], Any] = asyncio.sleep,
+    ) -> None:
+        self.store = store
+        self.keys = keys
+        self.state = initial()
+        self.halted = False
+        """The emergency brake, as last seen."""
+        self.problem: str | None = "not connected yet"
+        """Why nothing can be committed; None when the last contact went well."""
+        self.conflicts = 0
+        self.turns = 0
+        """How often the loop went round: a loop that hangs stops counting."""
+        self._clock = clock
+        self._key = audit_key
+        self._observe = observe
+        self._sleep = sleep
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+
+    async def open(self) -> None:
+        """Fold the whole stream, verifying it.
+
+        Raises:
+            StoreError: it cannot be read, or its chain does not hold.
+        """
+        observe, self._observe = self._observe, lambda _recorded, _state: None
+        try:
+            await self.catch_up()
+        finally:
+            self._observe = observe
+
+    async def catch_up(self) -> None:
+        """Fold what others committed.
+
+        Raises:
+            HistoryError: the stream does not continue the state.
+            StoreError: it cannot be read.
+        """
+        while True:
+            entries = await self.store.read(self.state.seq, limit=PAGE)
+            try:
+                for entry in chain.verify(entries, after=self._head(), key=self._key):
+                    self._fold(decode(entry))
+            except (chain.ChainError, ValueError) as error:
+                raise HistoryError(f"the event stream does not hold: {error}") from error
+            if len(entries) < PAGE:
+                break
+        if not entries and self.state.seq and (head := await self.store.head()) != self._head():
+            if head.seq > self.state.seq:
+                return await self.catch_up()
+            raise HistoryError(
+                f"the event stream ends at event {head.seq}, after event {self.state.seq} had been seen"
+                if head.seq != self.state.seq
+                else f"event {head.seq} is another one than the one seen before"
+            )
+        self.problem = None
+        return None
+
+    async def submit(self, *proposals: Propose) -> Outcome:
+        """Have proposals committed, in order, by the running loop. Stops at the first that raises.
+
+        Raises:
+            RequirementError: a key one of them requires is not so; none of them was committed.
+        """
+        item = _Item(proposals, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(item)
+        return await item.done
+
+    async def refresh(self) -> None:
+        """Have the running loop fold what others committed."""
+        await self.submit()
+
+    async def run(self) -> None:
+        """Commit what is submitted, for ever. Waits for the server where it is away."""
+        while True:
+            batch = [await self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            await self.commit(batch)
+
+    async def propose(self, *proposals: Propose) -> Outcome:
+        """Commit without a running loop, for a single command.
+
+        Raises:
+            StoreError: it could not be committed, or nobody knows.
+        """
+        item = _Item(proposals, asyncio.get_running_loop().create_future())
+        await self.commit([item], patient=False)
+        return await item.done
+
+    async def commit(self, batch: list[_Item], *, patient: bool = True) -> None:
+        """Commit a batch, however often it takes.
+
+        Raises:
+            StoreError: the server is away or refuses, and `patient` is False.
+        """
+        attempt = 0
+        fresh = all(item.proposals for item in batch)
+        while batch:
+            self.turns += 1
+            try:
+                if not fresh:
+                    await self.catch_up()
+                batch = await self._attempt(batch)
+                self.problem = None
+                fresh, attempt = True, 0
+            except ConflictError:
+                self.conflicts += 1
+                fresh = False
+            except HaltedError:
+                self.halted = True
+            except RequirementError:
+                raise  # pragma: no cover - _attempt hands it to the one who required it
+            except StoreError as error:
+                self._trouble(error)
+                if not patient:
+                    raise
+                fresh = False
+                await self._sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+                attempt += 1
+
+    def _trouble(self, error: StoreError) -> None:
+        if self.problem != str(error):
+            kind = {RefusedError: "refused", UnavailableError: "unavailable"}.get(type(error), "history")
+            log.error("cannot commit", kind=kind, error=str(error))
+        self.problem = str(error)
+
+    async def _attempt(self, batch: list[_Item]) -> list[_Item]:
+        """One commit of as much of the batch as fits. Returns what is left."""
+        now = self._clock()
+        fork = self.state.fork()
+        written: list[Recorded] = []
+        entries: list[Entry] = []
+        requires: list[Require] = []
+        writes: list[Write] = []
+        acks: list[Ack] = []
+        owners: list[_Item] = []
+        outcomes: list[tuple[_Item, Outcome]] = []
+        for item in batch:
+            if len(entries) >= MAX_EVENTS:
+                break
+            values: list[Any] = []
+            error: Exception | None = None
+            for propose in item.proposals:
+                try:
+                    proposal = propose(fork, now)
+                    new = encode_all(proposal.events, after=Head(fork.seq, fork.hash), at=now, key=self._key)
+                except Exception as raised:  # noqa: BLE001 - whatever it is, it is the proposer's
+                    error = raised
+                    break
+                recorded = [
+                    Recorded(entry.seq, now, event, entry.hash)
+                    for entry, event in zip(new, proposal.events, strict=True)
+                ]
+                for each in recorded:
+                    evolve(fork, each)
+                entries += new
+                written += recorded
+                requires += proposal.requires
+                owners += [item] * len(proposal.requires)
+                writes += proposal.writes
+                acks += proposal.acks
+                values.append(proposal.value)
+            outcomes.append((item, Outcome(values, error)))
+        if entries or acks or writes:
+            commit = Commit(
+                expected=self._head(),
+                entries=entries,
+                requires=requires,
+                writes=[
+                    *permits.writes(written, self.keys),
+                    *views.writes(self.state, fork, [r.event for r in written], self.keys),
+                    *writes,
+                ],
+                acks=acks,
+                grants=permits.grants(written),
+            )
+            try:
+                # A commit is never cancelled: its outcome would be unknown for no reason.
+                await asyncio.shield(self.store.commit(commit))
+            except RequirementError as unmet:
+                owner = owners[unmet.index]
+                owner.done.set_exception(unmet)
+                return [item for item in batch if item is not owner]
+        for recorded_event in written:
+            self._fold(recorded_event)
+        for item, outcome in outcomes:
+            if not item.done.done():
+                item.done.set_result(outcome)
+        return batch[len(outcomes) :]
+
+    def _head(self) -> Head:
+        return Head(self.state.seq, self.state.hash)
+
+    def _fold(self, recorded: Recorded) -> None:
+        evolve(self.state, recorded)
+        self._observe(recorded, self.state)

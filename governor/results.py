@@ -1,0 +1,70 @@
+"""Results as the Apply Layer writes them."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import msgspec
+
+from events.decimals import ZERO, parse, total
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One result entry, read leniently: a result tells what happened, so nothing in it is refused."""
+
+    plan_id: str
+    symbol: str
+    decision: str
+    entry_id: str
+    executed: bool
+    error: str | None
+    step_failed: bool
+    """A step with status `error`."""
+    executed_qty: Decimal | None
+    """Over all steps, base units; None where no step tells a readable quantity."""
+
+    @property
+    def matters(self) -> bool:
+        """Whether it becomes an event; everything else is only acknowledged."""
+        return self.executed or bool(self.error) or self.step_failed or self.decision == "ERROR"
+
+    @property
+    def failed(self) -> bool:
+        return self.step_failed or self.decision == "ERROR"
+
+
+def parse_result(fields: dict[str, str], *, entry_id: str) -> Result:
+    """Read a stream entry."""
+    steps = _steps(fields.get("steps_results", ""))
+    quantities = [number for step in steps if (number := _quantity(step.get("executed_qty"))) is not None]
+    return Result(
+        plan_id=fields.get("plan_id", "")[:128],
+        symbol=fields.get("symbol", "")[:32],
+        decision=fields.get("decision", "")[:32],
+        entry_id=entry_id,
+        executed=fields.get("executed", "").strip().lower() in ("true", "1"),
+        error=fields.get("error") or None,
+        step_failed=any(str(step.get("status", "")).lower() == "error" for step in steps),
+        executed_qty=_sum(quantities) if quantities else None,
+    )
+
+
+def _steps(text: str) -> list[dict[str, object]]:
+    try:
+        return msgspec.json.decode(text or "[]", type=list[dict[str, object]])
+    except msgspec.MsgspecError:
+        return []
+
+
+def _quantity(value: object) -> Decimal | None:
+    try:
+        return None if value is None or isinstance(value, bool) else abs(parse(str(value)))
+    except ValueError:
+        return None
+
+
+def _sum(quantities: list[Decimal]) -> Decimal:
+    summed = ZERO
+    for quantity in quantities:
+        summed = total(summed, quantity)
+    return summed

@@ -1,0 +1,264 @@
+"""Settings from the environment, read once, strictly.
+
+Every variable is a row of TABLE; `docs/settings.md` is generated from it. A wrong value names the variable, its
+value and what is allowed; an unknown `GOV_` name is told with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+
+from governor import policy
+from governor.policy import Policy
+
+TESTNET = "https://testnet.binancefuture.com"
+HOSTS = ("testnet.binancefuture.com", "demo-fapi.binance.com")
+MAINNET = "fapi.binance.com"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class SettingsError(ValueError):
+    """A variable that cannot be used; the message names it, its value and what is allowed."""
+
+
+class Row(NamedTuple):
+    """One variable."""
+
+    name: str
+    default: str
+    help: str
+    field: str | None = None
+    """Field of Settings; None for what belongs to the policy."""
+    read: Callable[[str], Any] = str
+    secret: bool = False
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the program can be told from outside."""
+
+    redis_host: str
+    redis_port: int
+    redis_db: int
+    redis_username: str
+    redis_password: str
+    redis_tls: bool
+    key_prefix: str
+    apply_config_path: Path
+    apply_service: str
+    metrics_host: str
+    metrics_port: int
+    base_url: str
+    binance_timeout_s: float
+    api_key: str
+    api_secret: str
+    allow_mainnet: bool
+    audit_key: str
+    limits_file: str
+    log_format: str
+    log_level: str
+    symbol_labels: int
+    policy: Policy
+    texts: dict[str, str]
+    """Settings that take part in a decision, by name: what SETTINGS_LOADED records."""
+    symbol_texts: dict[str, dict[str, str]]
+    digest: str
+    effective: dict[str, str]
+    """Every variable's effective text, secrets masked."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def credentials(self) -> bool:
+        """Whether the exchange can be asked."""
+        return bool(self.api_key and self.api_secret)
+
+
+def _port(value: str) -> int:
+    number = policy.whole(0, 65535)(value)
+    assert number is not None
+    return number
+
+
+def _db(value: str) -> int:
+    number = policy.whole(0, 1_000_000)(value)
+    assert number is not None
+    return number
+
+
+def _timeout(value: str) -> float:
+    micros = policy.seconds("0.05", "60")(value)
+    assert micros is not None
+    return micros / 1_000_000
+
+
+def _labels(value: str) -> int:
+    number = policy.whole(1, 100_000)(value)
+    assert number is not None
+    return number
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value.lower() not in [choice.lower() for choice in allowed]:
+            raise ValueError("one of " + ", ".join(choice or "empty" for choice in allowed))
+        return value.lower() if allowed[0].islower() or not allowed[0] else value.upper()
+
+    return read
+
+
+def _word(value: str) -> str:
+    if not value or any(c.isspace() for c in value):
+        raise ValueError("a name without spaces")
+    return value
+
+
+def _path(value: str) -> Path:
+    if not value.startswith("/"):
+        raise ValueError("an absolute path")
+    return Path(value)
+
+
+TABLE: tuple[Row, ...] = (
+    Row("REDIS_HOST", "localhost", "Redis or Valkey server.", "redis_host", _word),
+    Row("REDIS_PORT", "6379", "Its port.", "redis_port", _port),
+    Row("REDIS_DB", "0", "Its database.", "redis_db", _db),
+    Row("REDIS_USERNAME", "", "ACL user, if the server asks for one.", "redis_username"),
+    Row("REDIS_PASSWORD", "", "Its password.", "redis_password", secret=True),
+    Row("REDIS_TLS", "false", "Whether to speak TLS to it.", "redis_tls", policy.flag),
+    Row("GOV_KEY_PREFIX", "quantum", "First part of every key: the account's namespace. `{quantum}` for a cluster.",
+        "key_prefix", _word),
+    Row("GOV_MAX_EXEC_PER_HOUR", "3", "Executions of one symbol in any rolling hour."),
+    Row("GOV_MAX_EXEC_PER_5MIN", "2", "Executions of one symbol in any five minutes; one more is a burst breach."),
+    Row("GOV_MAX_REDUCE_NOTIONAL_PER_DAY_USD", "5000", "Notional of one symbol a UTC day, USD."),
+    Row("GOV_MAX_REDUCE_QTY_PER_DAY", "0.02", "Quantity of one symbol a UTC day, base units; decides without a price."),
+    Row("GOV_MAX_TOTAL_NOTIONAL_PER_DAY_USD", "off", "Notional over all symbols a UTC day, USD."),
+    Row("GOV_LIMITS_FILE", "", "TOML file with limits of single symbols: a table a symbol, variables as above.",
+        "limits_file"),
+    Row("GOV_KILL_SCORE_CRITICAL", "0.8", "From this kill score on only CLOSE actions pass."),
+    Row("GOV_MAX_PLAN_AGE_SEC", "60", "A plan older than this is stale."),
+    Row("GOV_PERMIT_TTL_SEC", "60", "Life of a permit."),
+    Row("GOV_FALLBACK_QTY", "", "Quantity assumed without credentials where the plan names none; empty: none is."),
+    Row("GOV_ENABLE_AUTO_DISARM", "true", "Whether breaches disarm; otherwise they throttle."),
+    Row("GOV_DISARM_ON_BURST_BREACH", "true", "Whether a burst breach disarms."),
+    Row("GOV_DISARM_ON_UNPERMITTED_EXECUTION", "true", "Whether an execution nobody permitted disarms."),
+    Row("GOV_DISARM_ON_ERROR_COUNT", "5", "Errors within the window that disarm; half of them throttle."),
+    Row("GOV_ERROR_WINDOW_SEC", "3600", "The window errors are counted in."),
+    Row("GOV_THROTTLE_COOLDOWN_SEC", "300", "How long a throttle lasts after its last new cause."),
+    Row("GOV_THROTTLE_MAX_EXEC_PER_5MIN", "1", "Executions in five minutes where throttled."),
+    Row("APPLY_CONFIG_PATH", "/etc/quantum/apply-layer.env", "The Apply Layer's environment file.",
+        "apply_config_path", _path),
+    Row("APPLY_SERVICE", "quantum-apply-layer.service", "Its systemd service.", "apply_service", _word),
+    Row("BINANCE_TESTNET_API_KEY", "", "Exchange credentials; without them quantity limits decide.", "api_key",
+        secret=True),
+    Row("BINANCE_TESTNET_API_SECRET", "", "The same.", "api_secret", secret=True),
+    Row("BINANCE_BASE_URL", TESTNET, "Exchange. Testnet or loopback; mainnet only with GOV_ALLOW_MAINNET.", "base_url"),
+    Row("BINANCE_TIMEOUT_SEC", "2", "The longest an answer of the exchange is waited for, a retry included.",
+        "binance_timeout_s", _timeout),
+    Row("GOV_ALLOW_MAINNET", "false", "Allows the mainnet host.", "allow_mainnet", policy.flag),
+    Row("GOV_AUDIT_KEY", "", "Key of the event chain: with it, nobody without it can rebuild the chain.", "audit_key",
+        secret=True),
+    Row("METRICS_HOST", "127.0.0.1", "Where /metrics, /healthz and /readyz listen.", "metrics_host", _word),
+    Row("METRICS_PORT", "8044", "Their port.", "metrics_port", _port),
+    Row("GOV_METRICS_MAX_SYMBOLS", "200", "Symbols with metrics of their own; the rest is `other`.", "symbol_labels",
+        _labels),
+    Row("GOV_LOG_FORMAT", "", "`json` or `console`; empty: console on a terminal, json otherwise.", "log_format",
+        _choice("", "json", "console")),
+    Row("GOV_LOG_LEVEL", "INFO", "`DEBUG`, `INFO`, `WARNING` or `ERROR`.", "log_level",
+        _choice("DEBUG", "INFO", "WARNING", "ERROR")),
+)  # fmt: skip
+NAMES = tuple(row.name for row in TABLE)
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read every setting.
+
+    Raises:
+        SettingsError: the first variable that cannot be used.
+    """
+    given = {row.name: environ.get(row.name, row.default) for row in TABLE}
+    fields = {row.field: _read(row, given[row.name]) for row in TABLE if row.field is not None}
+    fields["base_url"] = base_url(given["BINANCE_BASE_URL"], allow_mainnet=fields["allow_mainnet"])
+    has_credentials = bool(given["BINANCE_TESTNET_API_KEY"] and given["BINANCE_TESTNET_API_SECRET"])
+    texts = {name: given[name] for name in policy.DEFAULTS if name in given}
+    texts["credentials"] = "true" if has_credentials else "false"
+    by_symbol = _limits_file(given["GOV_LIMITS_FILE"])
+    try:
+        the_policy = policy.from_texts(texts, by_symbol)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return Settings(
+        **fields,
+        policy=the_policy,
+        texts=texts,
+        symbol_texts=by_symbol,
+        digest=policy.digest(texts, by_symbol),
+        effective={row.name: _masked(row, given[row.name]) for row in TABLE},
+        warnings=tuple(_warnings(environ)),
+    )
+
+
+def base_url(url: str, *, allow_mainnet: bool) -> str:
+    """A base URL that may be asked: an allow-listed host over https, or loopback.
+
+    Raises:
+        SettingsError: any other.
+    """
+    try:
+        parts = urlsplit(url)
+        host, bare = (
+            parts.hostname or "",
+            not (parts.path.strip("/") or parts.query or parts.fragment or parts.username),
+        )
+        port = parts.port
+    except ValueError:
+        host, bare, port, parts = "", False, None, urlsplit("")
+    local = host in LOOPBACK and parts.scheme in ("http", "https")
+    listed = parts.scheme == "https" and port in (None, 443) and host in (*HOSTS, *([MAINNET] if allow_mainnet else []))
+    if not bare or not (local or listed):
+        allowed = ", ".join(f"https://{name}" for name in HOSTS)
+        mainnet = "" if allow_mainnet else f"; https://{MAINNET} needs GOV_ALLOW_MAINNET=true"
+        raise SettingsError(f"BINANCE_BASE_URL is {url!r}, expected {allowed}, or loopback{mainnet}")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _read(row: Row, value: str) -> Any:
+    try:
+        return row.read(value)
+    except ValueError as error:
+        shown = "(hidden)" if row.secret else repr(value)
+        raise SettingsError(f"{row.name} is {shown}, expected {error}") from None
+
+
+def _masked(row: Row, value: str) -> str:
+    return ("(set)" if value else "") if row.secret else value
+
+
+def _limits_file(path: str) -> dict[str, dict[str, str]]:
+    if not path:
+        return {}
+    try:
+        tables = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"GOV_LIMITS_FILE is {path!r}, expected a readable TOML file: {error}") from None
+    found: dict[str, dict[str, str]] = {}
+    for symbol, table in tables.items():
+        if not isinstance(table, dict):
+            raise SettingsError(f"GOV_LIMITS_FILE {path!r}: {symbol} = {table!r}, expected a table [SYMBOL]")
+        found[symbol] = {name: str(value) for name, value in table.items()}
+    return found
+
+
+def _warnings(environ: Mapping[str, str]) -> list[str]:
+    found = []
+    for name in sorted(environ):
+        if name.startswith("GOV_") and name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)
+            found.append(f"{name} is no setting; did you mean {near[0]}?" if near else f"{name} is no setting")
+    return found

@@ -1,0 +1,399 @@
+"""The fold: everything the events say, as one state.
+
+Live, rebuild, replay and every reader fold with this `evolve` and no other. It knows no settings, no clock and no
+policy: a mode event is a fact, and all time is the events' own. The state's time never steps back; an event whose
+clock did is folded at the latest time seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from itertools import islice, takewhile
+from typing import Any, TypeVar, assert_never
+
+import msgspec
+
+from events.chain import GENESIS
+from events.decimals import ZERO
+from events.keys import day_of
+from events.types import (
+    AutoDisarm,
+    Context,
+    Decision,
+    DisarmFailed,
+    DisarmStarted,
+    ErrorRecorded,
+    Execution,
+    HistoryAccepted,
+    HistoryRestored,
+    ManualDisarm,
+    PermitConsumed,
+    PermitExpired,
+    PermitRevoked,
+    PlanLost,
+    PlanReceived,
+    PlanRejected,
+    Rearmed,
+    Recorded,
+    Recovered,
+    SettingsLoaded,
+    Throttled,
+    UnpermittedExecution,
+)
+from projections import errors, totals, windows
+from projections.permits import ENTRIES_KEPT, MEMORY_US, Plan, Reservation
+from projections.table import Table
+from projections.totals import Day
+
+VERSION = 1
+"""Of the state's shape: a checkpoint of another version is not read."""
+
+ARMED, THROTTLED, DISARMED = "ARMED", "THROTTLED", "DISARMED"
+_PRUNE_EVERY = 1024
+_CANONICAL = msgspec.json.Encoder(decimal_format="number", order="sorted")
+V = TypeVar("V")
+
+
+class GapError(Exception):
+    """An event does not continue the state it is folded into."""
+
+    def __init__(self, expected: int, actual: int) -> None:
+        super().__init__(f"event {actual} does not follow: expected event {expected}")
+        self.expected = expected
+        self.actual = actual
+
+
+class Book(msgspec.Struct, frozen=True, gc=False):
+    """What is counted for one symbol."""
+
+    executions: tuple[int, ...] = ()
+    """Times of the executions counted, ascending, microseconds."""
+    stops: tuple[int, ...] = ()
+    """The same for UPDATE_SL, which has windows of its own."""
+    days: tuple[Day, ...] = ()
+
+
+class Disarm(msgspec.Struct, frozen=True, gc=False):
+    """The disarm of the present epoch."""
+
+    at: int
+    reason: str
+    context: Context
+    epoch: int
+    manual: bool
+    operator: str | None
+    done: bool = False
+    attempts: int = 0
+    error: str | None = None
+
+
+class Mode(msgspec.Struct, frozen=True, gc=False):
+    """The state the gate is in, and why."""
+
+    state: str = ARMED
+    since: int = 0
+    reason: str | None = None
+    epoch: int = 1
+    seq: int = 0
+    """Event that brought it about."""
+    causes: tuple[tuple[str | None, str], ...] = ()
+    """Why it is throttled: symbol (None for all) and reason."""
+    until: int | None = None
+    """When a throttle ends if nothing new happens."""
+    disarm: Disarm | None = None
+
+    def throttles(self, symbol: str) -> bool:
+        return any(where is None or where == symbol for where, _ in self.causes)
+
+
+class Counts(msgspec.Struct, frozen=True, gc=False):
+    """Totals over the whole stream; they add up: plans = allowed + blocked + skipped."""
+
+    plans: int = 0
+    allowed: int = 0
+    blocked: int = 0
+    skipped: int = 0
+    rejected: int = 0
+    lost: int = 0
+    consumed: int = 0
+    expired: int = 0
+    revoked: int = 0
+    executions: int = 0
+    errors: int = 0
+    disarms: int = 0
+
+
+class State:
+    """All projections at one event."""
+
+    __slots__ = (
+        "books", "counts", "days", "entries", "errors", "first_at", "forked", "hash", "hold_until", "mode", "permits",
+        "plans", "results", "seq", "settings", "time",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.seq, self.hash = GENESIS
+        self.time = 0
+        """Latest event time, microseconds."""
+        self.first_at: int | None = None
+        """Time of the first event."""
+        self.mode = Mode()
+        self.settings = ""
+        """Digest of the settings in force."""
+        self.hold_until = 0
+        """No permits before this time, after history was restored or accepted."""
+        self.counts = Counts()
+        self.days: tuple[Day, ...] = ()
+        """Notional over all symbols."""
+        self.errors: tuple[int, ...] = ()
+        self.books: Table[str, Book] = Table()
+        self.plans: Table[str, Plan] = Table()
+        self.permits: Table[str, Reservation] = Table()
+        """Outstanding ones."""
+        self.entries: Table[str, int] = Table()
+        """Plan entries that were dealt with, against redelivery."""
+        self.results: Table[str, int] = Table()
+        """The same for result entries."""
+        self.forked = False
+
+    def fork(self) -> State:
+        """A state to try events on; this one stays as it is."""
+        other = State()
+        for name in ("seq", "hash", "time", "first_at", "mode", "settings", "hold_until", "counts", "days", "errors"):
+            setattr(other, name, getattr(self, name))
+        for name in ("books", "plans", "permits", "entries", "results"):
+            setattr(other, name, getattr(self, name).fork())
+        other.forked = True
+        return other
+
+    def book(self, symbol: str) -> Book:
+        """What is counted for a symbol."""
+        return self.books.get(symbol) or _EMPTY
+
+    def plan(self, plan_id: str) -> Plan | None:
+        """What is remembered of a plan, None when it is unknown or too long ago."""
+        plan = self.plans.get(plan_id)
+        return plan if plan is not None and plan.at > self.time - MEMORY_US else None
+
+
+_EMPTY = Book()
+
+
+def initial() -> State:
+    """The state before the first event."""
+    return State()
+
+
+def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, PLR0915 - one case an event
+    """Fold one event in. Changes and returns `state`; fork it first to keep it.
+
+    Raises:
+        GapError: the event is not the next one.
+    """
+    seq, at, event, digest = recorded
+    if seq != state.seq + 1:
+        raise GapError(state.seq + 1, seq)
+    state.seq, state.hash = seq, digest
+    time = state.time = max(state.time, at)
+    if state.first_at is None:
+        state.first_at = time
+    counts = state.counts
+    match event:
+        case PlanReceived():
+            state.entries.set(event.entry_id, time)
+            state.counts = _more(counts, plans=1)
+        case Decision():
+            _decided(state, event)
+        case PermitConsumed():
+            _settle(state, event.plan_id, "consumed")
+            state.counts = _more(counts, consumed=1)
+        case PermitExpired():
+            if (reservation := _settle(state, event.plan_id, "expired")) is not None:
+                _release(state, reservation)
+            state.counts = _more(counts, expired=1)
+        case PermitRevoked():
+            _settle(state, event.plan_id, "revoked")
+            state.counts = _more(counts, revoked=1)
+        case PlanRejected():
+            state.entries.set(event.entry_id, time)
+            state.counts = _more(counts, rejected=1)
+        case ErrorRecorded():
+            state.errors = errors.add(state.errors, time)
+            state.counts = _more(counts, errors=1)
+        case Execution():
+            state.results.set(event.entry_id, time)
+            if event.counted and (plan := state.plan(event.plan_id)) is not None and plan.reservation is not None:
+                state.plans.set(event.plan_id, msgspec.structs.replace(plan, permit="consumed"))
+                _reserve(state, msgspec.structs.replace(plan.reservation, at=time))
+            state.counts = _more(counts, executions=1)
+        case Throttled():
+            _throttled(state, event)
+        case Recovered():
+            state.mode = Mode(ARMED, time, None, state.mode.epoch, seq)
+        case DisarmStarted():
+            disarm = Disarm(time, event.reason, event.context, event.epoch, event.manual, event.operator)
+            state.mode = Mode(DISARMED, time, event.reason, event.epoch, seq, disarm=disarm)
+            state.counts = _more(counts, disarms=1)
+        case AutoDisarm() | ManualDisarm():
+            _disarm_changed(state, event.epoch, done=True, error=None)
+        case DisarmFailed():
+            _disarm_changed(state, event.epoch, attempts=event.attempt, error=event.error)
+        case Rearmed():
+            state.mode = Mode(ARMED, time, event.reason, event.epoch, seq)
+            state.errors = ()
+        case SettingsLoaded():
+            state.settings = event.digest
+            if state.mode.seq == 0:
+                state.mode = msgspec.structs.replace(state.mode, since=time, seq=seq)
+        case HistoryRestored() | HistoryAccepted():
+            state.hold_until = max(state.hold_until, event.hold_until_us)
+        case PlanLost():
+            for entry_id in event.entry_ids:
+                state.entries.set(entry_id, time)
+            state.counts = _more(counts, lost=event.count)
+        case UnpermittedExecution():
+            pass
+        case _:
+            assert_never(event)
+    if seq % _PRUNE_EVERY == 0 and not state.forked:
+        prune(state)
+    return state
+
+
+def fold(events: Iterable[Recorded], state: State | None = None) -> State:
+    """Fold events into `state`, or from the beginning."""
+    state = initial() if state is None else state
+    for recorded in events:
+        evolve(state, recorded)
+    return state
+
+
+def _more(counts: Counts, **more: int) -> Counts:
+    return msgspec.structs.replace(counts, **{name: getattr(counts, name) + n for name, n in more.items()})
+
+
+def _decided(state: State, event: Decision) -> None:
+    known = state.plan(event.plan_id)
+    counts = state.counts
+    if event.verdict == "SKIP":
+        if known is None:
+            state.plans.renew(event.plan_id, Plan(state.time, event.symbol, event.entry_id, "SKIP"))
+        state.counts = _more(counts, skipped=1)
+        return
+    if event.verdict == "BLOCK":
+        state.plans.renew(event.plan_id, Plan(state.time, event.symbol, event.entry_id, "BLOCK"))
+        state.counts = _more(counts, blocked=1)
+        return
+    reservation = Reservation(
+        event.symbol,
+        state.time,
+        event.expires_us or state.time,
+        event.computed_qty or ZERO,
+        event.computed_notional or ZERO,
+        event.action != "UPDATE_SL",
+        event.epoch,
+    )
+    plan = Plan(state.time, event.symbol, event.entry_id, "EXECUTE", "outstanding", reservation)
+    state.plans.renew(event.plan_id, plan)
+    state.permits.renew(event.plan_id, reservation)
+    _reserve(state, reservation)
+    state.counts = _more(counts, allowed=1)
+
+
+def _reserve(state: State, reservation: Reservation) -> None:
+    book = state.book(reservation.symbol)
+    if not reservation.moves:
+        book = msgspec.structs.replace(book, stops=windows.add(book.stops, reservation.at))
+    else:
+        book = msgspec.structs.replace(book, executions=windows.add(book.executions, reservation.at))
+        book = _count(state, book, reservation, reservation.notional, reservation.quantity)
+    state.books.renew(reservation.symbol, book)
+
+
+def _release(state: State, reservation: Reservation) -> None:
+    book = state.book(reservation.symbol)
+    if not reservation.moves:
+        book = msgspec.structs.replace(book, stops=windows.remove(book.stops, reservation.at))
+    else:
+        book = msgspec.structs.replace(book, executions=windows.remove(book.executions, reservation.at))
+        book = _count(state, book, reservation, -reservation.notional, -reservation.quantity)
+    state.books.set(reservation.symbol, book)
+
+
+def _count(state: State, book: Book, reservation: Reservation, notional: Decimal, quantity: Decimal) -> Book:
+    day = day_of(reservation.at)
+    state.days = totals.add(state.days, day, notional, ZERO)
+    return msgspec.structs.replace(book, days=totals.add(book.days, day, notional, quantity))
+
+
+def _settle(state: State, plan_id: str, permit: str) -> Reservation | None:
+    reservation = state.permits.get(plan_id)
+    state.permits.discard(plan_id)
+    if (plan := state.plans.get(plan_id)) is not None:
+        state.plans.set(plan_id, msgspec.structs.replace(plan, permit=permit))
+    return reservation
+
+
+def _throttled(state: State, event: Throttled) -> None:
+    mode = state.mode
+    cause = (event.symbol, event.reason)
+    if mode.state == THROTTLED:
+        state.mode = msgspec.structs.replace(mode, causes=(*mode.causes, cause), until=event.until_us)
+    else:
+        state.mode = Mode(
+            THROTTLED, state.time, event.reason, mode.epoch, state.seq, causes=(cause,), until=event.until_us
+        )
+
+
+def _disarm_changed(state: State, epoch: int, **changes: Any) -> None:
+    disarm = state.mode.disarm
+    if disarm is not None and disarm.epoch == epoch:
+        state.mode = msgspec.structs.replace(state.mode, disarm=msgspec.structs.replace(disarm, **changes))
+
+
+def prune(state: State) -> None:
+    """Forget what nothing can ask for any more. Never changes an answer, nor the digest."""
+    horizon = state.time - MEMORY_US
+    _drop_while(state.plans, lambda plan: plan.at <= horizon)
+    _drop_while(state.books, lambda book: _live(book, state.time) == _EMPTY)
+    for table in (state.entries, state.results):
+        for key, _ in list(islice(table.items(), max(0, len(table) - ENTRIES_KEPT))):
+            table.discard(key)
+
+
+def _drop_while(table: Table[str, V], old: Callable[[V], bool]) -> None:
+    for key, _ in list(takewhile(lambda pair: old(pair[1]), table.items())):
+        table.discard(key)
+
+
+def _live(book: Book, time: int) -> Book:
+    return Book(
+        windows.live(book.executions, now=time),
+        windows.live(book.stops, now=time),
+        totals.live(book.days, day=day_of(time)),
+    )
+
+
+def digest(state: State) -> str:
+    """SHA-256 over everything the state can still answer; equal states have equal digests, pruned or not."""
+    time = state.time
+    content = {
+        "version": VERSION,
+        "head": (state.seq, state.hash),
+        "time": time,
+        "first_at": state.first_at,
+        "mode": state.mode,
+        "settings": state.settings,
+        "hold_until": state.hold_until,
+        "counts": state.counts,
+        "days": totals.live(state.days, day=day_of(time)),
+        "errors": errors.live(state.errors, now=time),
+        "books": {symbol: live for symbol, book in state.books.items() if (live := _live(book, time)) != _EMPTY},
+        "plans": {plan_id: plan for plan_id, plan in state.plans.items() if plan.at > time - MEMORY_US},
+        "permits": dict(state.permits.items()),
+        "entries": list(state.entries.items())[-ENTRIES_KEPT:],
+        "results": list(state.results.items())[-ENTRIES_KEPT:],
+    }
+    return hashlib.sha256(_CANONICAL.encode(content)).hexdigest()

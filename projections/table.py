@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Table(Generic[K, V]):
+    """A mapping that can be forked: the fork reads through to its base and keeps what is written to itself.
+
+    A batch of plans is decided on a fork, each plan on what the one before left. The base only ever sees
+    events that were committed.
+    """
+
+    __slots__ = ("_base", "_own")
+
+    def __init__(self, base: Table[K, V] | None = None) -> None:
+        self._base = base
+        self._own: dict[K, V | None] = {}
+
+    def fork(self) -> Table[K, V]:
+        return Table(self)
+
+    def get(self, key: K) -> V | None:
+        if key in self._own:
+            return self._own[key]
+        return self._base.get(key) if self._base is not None else None
+
+    def set(self, key: K, value: V) -> None:
+        """Write a value. A key that is already there keeps its place in the order."""
+        self._own[key] = value
+
+    def renew(self, key: K, value: V) -> None:
+        """Write a value as the newest."""
+        self._own.pop(key, None)
+        self._own[key] = value
+
+    def discard(self, key: K) -> None:
+        if self._base is None:
+            self._own.pop(key, None)
+        else:
+            self._own[key] = None
+
+    def items(self) -> Iterator[tuple[K, V]]:
+        """All pairs, oldest first."""
+        if self._base is not None:
+            for key, value in self._base.items():
+                if key not in self._own:
+                    yield key, value
+        for key, own in self._own.items():
+            if own is not None:
+                yield key, own
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.items()) if self._base is not None else len(self._own)

@@ -1,0 +1,138 @@
+"""The public keys of the contract as a view of the state.
+
+A key is always written whole, from the state, so writing it twice is writing it once and a deleted key heals
+with the next event that touches it. Which keys an event touches is told here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import assert_never
+
+from events.codec import dumps, seconds
+from events.decimals import text
+from events.keys import Keys, day_of
+from events.store import Write
+from events.types import (
+    AutoDisarm,
+    Decision,
+    DisarmFailed,
+    DisarmStarted,
+    ErrorRecorded,
+    Event,
+    Execution,
+    HistoryAccepted,
+    HistoryRestored,
+    ManualDisarm,
+    PermitConsumed,
+    PermitExpired,
+    PermitRevoked,
+    PlanLost,
+    PlanReceived,
+    PlanRejected,
+    Rearmed,
+    Recovered,
+    SettingsLoaded,
+    Throttled,
+    UnpermittedExecution,
+)
+from projections import totals, windows
+from projections.state import State
+
+DAY_MS = 86_400_000
+
+
+def touched(events: Iterable[Event]) -> tuple[set[str], bool]:
+    """Symbols whose keys may have changed, and whether the state did."""
+    symbols: set[str] = set()
+    mode = False
+    for event in events:
+        match event:
+            case Decision():
+                if event.verdict == "EXECUTE":
+                    symbols.add(event.symbol)
+            case PermitExpired():
+                symbols.add(event.symbol)
+            case Execution():
+                if event.counted:
+                    symbols.add(event.symbol)
+            case Throttled() | Recovered() | DisarmStarted() | Rearmed() | SettingsLoaded():
+                mode = True
+            case (
+                PlanReceived()
+                | PlanRejected()
+                | PlanLost()
+                | PermitConsumed()
+                | PermitRevoked()
+                | UnpermittedExecution()
+                | ErrorRecorded()
+                | AutoDisarm()
+                | ManualDisarm()
+                | DisarmFailed()
+                | HistoryRestored()
+                | HistoryAccepted()
+            ):
+                pass
+            case _:
+                assert_never(event)
+    return symbols, mode
+
+
+def writes(before: State, after: State, events: Iterable[Event], keys: Keys) -> list[Write]:
+    """Everything to write in the commit that leads from `before` to `after` by `events`."""
+    symbols, mode = touched(events)
+    found = [write for symbol in sorted(symbols) for write in symbol_writes(after, symbol, keys)]
+    if mode:
+        found.append(state_write(after, keys))
+        if before.mode.disarm is not None and after.mode.disarm is None:
+            days = {day_of(before.mode.disarm.at), day_of(after.time)}
+            found += [Write("del", keys.disarm(day)) for day in sorted(days)]
+        elif after.mode.disarm is not None:
+            found.append(disarm_write(after, keys))
+    return found
+
+
+def state_write(state: State, keys: Keys) -> Write:
+    """`quantum:governor:state`."""
+    mode = state.mode
+    content = {
+        "state": mode.state,
+        "since": _unix(mode.since),
+        "reason": mode.reason,
+        "epoch": mode.epoch,
+        "seq": mode.seq,
+    }
+    return Write("set", keys.state, (dumps(content),))
+
+
+def disarm_write(state: State, keys: Keys) -> Write:
+    """`quantum:governor:disarm:<date>` of the disarm in force.
+
+    Raises:
+        ValueError: there is none.
+    """
+    disarm = state.mode.disarm
+    if disarm is None:
+        raise ValueError("no disarm is in force")
+    content = {"reason": disarm.reason, "context": disarm.context, "timestamp": _unix(disarm.at)}
+    return Write("set", keys.disarm(day_of(disarm.at)), (dumps(content),), DAY_MS)
+
+
+def symbol_writes(state: State, symbol: str, keys: Keys) -> list[Write]:
+    """`exec`, `daily` and `daily_qty` of one symbol: the list newest first, the totals of today and yesterday."""
+    book = state.book(symbol)
+    newest = [seconds(time).encode() for time in reversed(book.executions[-windows.KEPT :])]
+    found = [Write("list", keys.executions(symbol), tuple(newest), DAY_MS)]
+    today = day_of(state.time)
+    for day in (today - 1, today):
+        counted = totals.on(book.days, day)
+        amounts = ((keys.daily(symbol, day), counted.notional), (keys.daily_qty(symbol, day), counted.quantity))
+        if counted in book.days:
+            found += [Write("set", key, (text(amount).encode(),), DAY_MS) for key, amount in amounts]
+        else:
+            found += [Write("del", key) for key, _ in amounts]
+    return found
+
+
+def _unix(at: int) -> float:
+    return at / 1_000_000
