@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ UPCASTERS: dict[tuple[str, int], Upcaster] = {}
 
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
 _DECODERS: dict[str, msgspec.json.Decoder[Event]] = {cls.NAME: msgspec.json.Decoder(cls) for cls in ALL}
+_OBJECT = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 _SECOND = 1_000_000
 
 
@@ -52,7 +54,7 @@ def microseconds(timestamp: str) -> int:
         CodecError: not unix seconds with six decimals.
     """
     whole, dot, fraction = timestamp.partition(".")
-    if not (dot and len(fraction) == 6 and fraction.isdecimal() and whole.isdecimal()):
+    if not (timestamp.isascii() and dot and len(fraction) == 6 and fraction.isdecimal() and whole.isdecimal()):
         raise CodecError(f"timestamp {timestamp!r} is not unix seconds with six decimals")
     return int(whole) * _SECOND + int(fraction)
 
@@ -103,14 +105,18 @@ def decode(entry: Entry) -> Recorded:
         event = _DECODERS[entry.name].decode(entry.data)
         if event.v != cls.VERSION:
             event = _upcast(cls, entry)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         event = _upcast(cls, entry, error)
-    return Recorded(entry.seq, microseconds(entry.timestamp), event, entry.hash)
+    try:
+        at = microseconds(entry.timestamp)
+    except CodecError as problem:
+        raise CodecError(f"event {entry.seq}: {entry.name} cannot be read: {problem}") from None
+    return Recorded(entry.seq, at, event, entry.hash)
 
 
 def _upcast(cls: type[Event], entry: Entry, error: Exception | None = None) -> Event:
     try:
-        data = msgspec.json.decode(entry.data, type=dict[str, Any])
+        data = _OBJECT.decode(entry.data)
         version = data["v"]
         if version == cls.VERSION or not 1 <= version < cls.VERSION:
             raise CodecError(
@@ -120,5 +126,5 @@ def _upcast(cls: type[Event], entry: Entry, error: Exception | None = None) -> E
         for step in range(version, cls.VERSION):
             data = UPCASTERS[cls.NAME, step](data) | {"v": step + 1}
         return msgspec.convert(data, cls, strict=False)
-    except (msgspec.MsgspecError, KeyError, TypeError) as problem:
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError) as problem:
         raise CodecError(f"event {entry.seq}: {entry.name} cannot be read: {problem}") from problem

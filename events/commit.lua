@@ -25,6 +25,15 @@ local function take_key()
   key = key + 1
   return KEYS[key]
 end
+-- unpack fails on lists of some thousands.
+local function call_with_many(values, ...)
+  local command = {...}
+  for i = 1, #values, 1000 do
+    local part = {unpack(command)}
+    for j = i, math.min(i + 999, #values) do part[#part + 1] = values[j] end
+    redis.call(unpack(part))
+  end
+end
 
 local events, halt = take_key(), take_key()
 local expected_seq, expected_hash, grants = take(), take(), take()
@@ -68,13 +77,13 @@ for _ = 1, writes do
   else
     redis.call('DEL', name)
     if op == 'list' and #values > 0 then
-      redis.call('RPUSH', name, unpack(values))
+      call_with_many(values, 'RPUSH', name)
       if ttl > 0 then redis.call('PEXPIRE', name, ttl) end
     end
   end
 end
 for _ = 1, acknowledgements do
   local name, group = take_key(), take()
-  redis.call('XACK', name, group, unpack(take_some(tonumber(take()))))
+  call_with_many(take_some(tonumber(take())), 'XACK', name, group)
 end
 return {'OK', '', ''}

@@ -41,6 +41,14 @@ _SCRIPT = (Path(__file__).parent / "commit.lua").read_text()
 _REFUSALS = (
     "NOREPLICAS", "MISCONF", "READONLY", "OOM ", "NOPERM", "ACL failure", "WRONGTYPE", "CLUSTERDOWN", "CROSSSLOT",
 )  # fmt: skip
+_REFUSED = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.NoPermissionError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.ClusterCrossSlotError,
+)
+"""The same where redis-py takes the code out of the text and makes a class of it."""
 
 
 class StoreError(Exception):
@@ -145,6 +153,10 @@ class EventStore(Protocol):
         """Write public keys that need no event, such as one that somebody deleted."""
         ...
 
+    async def clock(self) -> int:
+        """The server's clock, microseconds since the epoch."""
+        ...
+
 
 def entry_of(fields: dict[bytes, bytes]) -> Entry:
     """The entry in a stream entry's fields.
@@ -174,8 +186,7 @@ def client(**options: Any) -> redis.asyncio.Redis:
 
 def _unavailable(error: Exception) -> StoreError:
     text = str(error)
-    refused = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError)
-    if isinstance(error, refused) or any(word in text for word in _REFUSALS):
+    if isinstance(error, _REFUSED) or any(word in text for word in _REFUSALS):
         return RefusedError(text)
     return UnavailableError(f"{type(error).__name__}: {text}")
 
@@ -198,7 +209,7 @@ class RedisStore:
             case b"OK":
                 return
             case b"CONFLICT":
-                raise ConflictError(commit.expected, Head(int(reply[1]), reply[2].decode()))
+                raise ConflictError(commit.expected, _head_of(reply[1], reply[2]))
             case b"REQUIREMENT":
                 index = int(reply[1])
                 raise RequirementError(index, commit.requires[index].key)
@@ -219,7 +230,7 @@ class RedisStore:
         return _entries(reply[0][1]) if reply else []
 
     async def values(self, *keys: str) -> list[bytes | None]:
-        values: list[bytes | None] = await self._call("MGET", *keys)
+        values: list[bytes | None] = await self._call("MGET", *keys) if keys else []
         return values
 
     async def write(self, writes: Sequence[Write]) -> None:
@@ -233,6 +244,10 @@ class RedisStore:
                     await self._call("RPUSH", write.key, *write.values)
                     if write.ttl_ms:
                         await self._call("PEXPIRE", write.key, write.ttl_ms)
+
+    async def clock(self) -> int:
+        seconds, micros = await self._call("TIME")
+        return int(seconds) * 1_000_000 + int(micros)
 
     def _pack(self, commit: Commit) -> tuple[list[str], list[str | bytes | int]]:
         acks: dict[tuple[str, str], list[str]] = {}
@@ -273,6 +288,13 @@ class RedisStore:
             return await self._execute(*command)
         except Exception as error:  # redis-py lets TypeError and AttributeError out of broken connections too
             raise _unavailable(error) from error
+
+
+def _head_of(seq: bytes, digest: bytes) -> Head:
+    try:
+        return Head(int(seq), digest.decode())
+    except ValueError as error:
+        raise StoreError(f"the event stream ends with an entry that is no event: {error}") from error
 
 
 def _entries(reply: Any) -> list[Entry]:
@@ -328,7 +350,8 @@ class MemoryStore:
         self.entries += commit.entries
         await self.write(commit.writes)
         self.acknowledged.update(commit.acks)
-        self._grown.set()
+        if commit.entries:
+            self._grown.set()
 
     async def head(self) -> Head:
         return Head(self.entries[-1].seq, self.entries[-1].hash) if self.entries else GENESIS
@@ -350,6 +373,9 @@ class MemoryStore:
     async def values(self, *keys: str) -> list[bytes | None]:
         held = [self.get(key) for key in keys]
         return [value[0] if value else None for value in held]
+
+    async def clock(self) -> int:
+        return int(self._now_ms()) * 1000
 
     async def write(self, writes: Sequence[Write]) -> None:
         for write in writes:

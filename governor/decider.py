@@ -223,12 +223,12 @@ def execution(state: State, result: Result, policy: Policy, now: int, *, fields:
     if not result.matters or state.results.get(result.entry_id) is not None:
         return ()
     plan = state.plan(result.plan_id)
-    permit = plan.permit if plan is not None else "unknown"
+    permit, symbol = (plan.permit, plan.symbol) if plan is not None else ("unknown", result.symbol)
     again = result.executed and permit == "expired"
     kept, _ = cut(fields, REJECTED_BYTES)
     told = Execution(
         plan_id=result.plan_id,
-        symbol=result.symbol,
+        symbol=symbol,
         decision=result.decision,
         executed=result.executed,
         entry_id=result.entry_id,
@@ -240,13 +240,13 @@ def execution(state: State, result: Result, policy: Policy, now: int, *, fields:
     )
     found: list[Event] = [told]
     if result.executed and permit == "outstanding":
-        found.append(PermitConsumed(plan_id=result.plan_id, symbol=result.symbol, source="result"))
+        found.append(PermitConsumed(plan_id=result.plan_id, symbol=symbol, source="result"))
     around = result.executed and (
         permit in ("revoked", "none") or (permit == "unknown" and _should_know(state, result, now))
     )
     if around:
         found.append(
-            UnpermittedExecution(plan_id=result.plan_id, symbol=result.symbol, entry_id=result.entry_id, permit=permit)
+            UnpermittedExecution(plan_id=result.plan_id, symbol=symbol, entry_id=result.entry_id, permit=permit)
         )
     problems: list[tuple[str, str]] = []
     if again:
@@ -257,16 +257,16 @@ def execution(state: State, result: Result, policy: Policy, now: int, *, fields:
     if granted is not None and result.failed:
         problems.append(("execution_error", result.error or "a step failed"))
     for kind, detail in problems:
-        found.append(ErrorRecorded(kind=kind, detail=detail[:500], plan_id=result.plan_id, symbol=result.symbol))
+        found.append(ErrorRecorded(kind=kind, detail=detail[:500], plan_id=result.plan_id, symbol=symbol))
     tried = _tried(state, found, now)
-    if around and state.mode.state != DISARMED:
-        context: Context = {"plan_id": result.plan_id, "symbol": result.symbol, "permit": permit}
-        wanted = policy.auto_disarm and policy.disarm_on_unpermitted
-        if wanted:
-            found += _disarm(tried, "unpermitted_execution", context)
-        else:
-            found += _throttle(tried, policy, max(now, state.time), ALL, "unpermitted_execution")
-    elif problems:
+    if around and policy.auto_disarm and policy.disarm_on_unpermitted and state.mode.state != DISARMED:
+        context: Context = {"plan_id": result.plan_id, "symbol": symbol, "permit": permit}
+        return (*found, *_disarm(tried, "unpermitted_execution", context))
+    if around:
+        throttled = _throttle(tried, policy, max(now, state.time), ALL, "unpermitted_execution")
+        found += throttled
+        tried = _tried(tried, throttled, now)
+    if problems:
         found += _after_errors(tried, policy, max(now, state.time))
     return tuple(found)
 
@@ -429,11 +429,12 @@ def _after_errors(state: State, policy: Policy, now: int) -> list[Event]:
 
 
 def _throttle(state: State, policy: Policy, now: int, symbol: str | None, reason: str) -> list[Event]:
-    """A new cause throttles, or throttles longer; the same cause again says nothing."""
-    if not allows(state.mode.state, "throttle") or (symbol, reason) in state.mode.causes:
+    """A new cause throttles, or throttles longer; the same cause again says nothing, unless its time is over."""
+    over = tick(state, now)
+    if not allows(state.mode.state, "throttle") or (not over and (symbol, reason) in state.mode.causes):
         return []
     advance(state.mode.state, "throttle")
-    return [Throttled(symbol=symbol, reason=reason, until_us=now + policy.throttle_cooldown_us)]
+    return [*over, Throttled(symbol=symbol, reason=reason, until_us=now + policy.throttle_cooldown_us)]
 
 
 def _disarm(

@@ -87,6 +87,7 @@ class Ledger:
         clock: microseconds since the epoch.
         audit_key: key of the chain, if it is keyed.
         observe: called with every event folded after `open`, and the state after it.
+        turned: called each time the loop goes round, also while the server is away.
         sleep: waits between attempts while the server is away.
     """
 
@@ -98,6 +99,7 @@ class Ledger:
         *,
         audit_key: bytes | None = None,
         observe: Callable[[Recorded, State], None] = lambda _recorded, _state: None,
+        turned: Callable[[], None] = lambda: None,
         sleep: Callable[[float], Any] = asyncio.sleep,
     ) -> None:
         self.store = store
@@ -108,11 +110,10 @@ class Ledger:
         self.problem: str | None = "not connected yet"
         """Why nothing can be committed; None when the last contact went well."""
         self.conflicts = 0
-        self.turns = 0
-        """How often the loop went round: a loop that hangs stops counting."""
         self._clock = clock
         self._key = audit_key
         self._observe = observe
+        self._turned = turned
         self._sleep = sleep
         self._queue: asyncio.Queue[_Item] = asyncio.Queue()
 
@@ -196,7 +197,7 @@ class Ledger:
         attempt = 0
         fresh = all(item.proposals for item in batch)
         while batch:
-            self.turns += 1
+            self._turned()
             try:
                 if not fresh:
                     await self.catch_up()

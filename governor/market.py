@@ -6,6 +6,8 @@ from decimal import Decimal
 
 import msgspec
 
+from events.decimals import ZERO, total
+
 LEGS = ("BOTH", "LONG", "SHORT")
 
 
@@ -36,7 +38,10 @@ def position_amt(legs: dict[str, Decimal], side: str | None) -> Decimal:
         side: `LONG`, `SHORT`, `BOTH` or None.
     """
     if side in (None, "BOTH"):
-        return sum((abs(amount) for amount in legs.values()), Decimal(0))
+        size = ZERO
+        for amount in legs.values():
+            size = total(size, abs(amount))
+        return size
     if side in legs:
         return abs(legs[side])
     both = legs.get("BOTH", Decimal(0))

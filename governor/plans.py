@@ -138,8 +138,8 @@ def cut(fields: dict[str, str], size: int) -> tuple[dict[str, str], bool]:
         shown, value = name[:128], fields[name]
         room = left - len(shown.encode(errors="replace"))
         short = value.encode(errors="replace")[: max(0, room)].decode(errors="ignore")
-        whole = whole and short == value and shown == name
-        if room > 0:
+        whole = whole and room >= 0 and short == value and shown == name
+        if room > 0 or (room == 0 and not value):
             kept[shown] = short
             left = room - len(short.encode())
     return kept, not whole

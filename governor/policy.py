@@ -60,7 +60,7 @@ def whole(low: int, high: int, *, off: bool = False) -> Callable[[str], int | No
     def read(value: str) -> int | None:
         if off and value == OFF:
             return None
-        if not (value.isascii() and value.isdecimal() and low <= int(value) <= high):
+        if not (value.isascii() and value.isdecimal() and len(value) < 20 and low <= int(value) <= high):
             raise ValueError(f"a whole number from {low} to {high}" + (" or off" if off else ""))
         return int(value)
 
@@ -112,8 +112,11 @@ def optional_amount(value: str) -> Decimal | None:
     """Reader of a number above zero; empty means that there is none."""
     if not value:
         return None
-    number = amount(off=False)(value)
-    if not number:
+    try:
+        number = parse(value)
+    except ValueError:
+        number = Decimal(0)
+    if number <= 0:
         raise ValueError("a number above 0, or empty")
     return number
 

@@ -10,7 +10,9 @@ import difflib
 import os
 import tomllib
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
+from re import compile as regex
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -23,6 +25,7 @@ TESTNET = "https://testnet.binancefuture.com"
 HOSTS = ("testnet.binancefuture.com", "demo-fapi.binance.com")
 MAINNET = "fapi.binance.com"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_symbol = regex(r"[A-Z0-9_]{1,32}").fullmatch
 
 
 class SettingsError(ValueError):
@@ -81,6 +84,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _port(value: str) -> int:
+    number = policy.whole(1, 65535)(value)
+    assert number is not None
+    return number
+
+
+def _own_port(value: str) -> int:
     number = policy.whole(0, 65535)(value)
     assert number is not None
     return number
@@ -165,7 +174,7 @@ TABLE: tuple[Row, ...] = (
     Row("GOV_AUDIT_KEY", "", "Key of the event chain: with it, nobody without it can rebuild the chain.", "audit_key",
         secret=True),
     Row("METRICS_HOST", "127.0.0.1", "Where /metrics, /healthz and /readyz listen.", "metrics_host", _word),
-    Row("METRICS_PORT", "8044", "Their port.", "metrics_port", _port),
+    Row("METRICS_PORT", "8044", "Their port; 0 takes a free one.", "metrics_port", _own_port),
     Row("GOV_METRICS_MAX_SYMBOLS", "200", "Symbols with metrics of their own; the rest is `other`.", "symbol_labels",
         _labels),
     Row("GOV_LOG_FORMAT", "", "`json` or `console`; empty: console on a terminal, json otherwise.", "log_format",
@@ -212,20 +221,19 @@ def base_url(url: str, *, allow_mainnet: bool) -> str:
     """
     try:
         parts = urlsplit(url)
-        host, bare = (
-            parts.hostname or "",
-            not (parts.path.strip("/") or parts.query or parts.fragment or parts.username),
-        )
-        port = parts.port
+        host, port = parts.hostname or "", parts.port
     except ValueError:
-        host, bare, port, parts = "", False, None, urlsplit("")
+        parts, host, port = urlsplit(""), "", None
+    place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else "")
+    # Nothing beside the place: no user, no path, nothing around an address in brackets.
+    bare = parts.netloc.lower() == place and not (parts.path.strip("/") or parts.query or parts.fragment)
     local = host in LOOPBACK and parts.scheme in ("http", "https")
     listed = parts.scheme == "https" and port in (None, 443) and host in (*HOSTS, *([MAINNET] if allow_mainnet else []))
     if not bare or not (local or listed):
         allowed = ", ".join(f"https://{name}" for name in HOSTS)
         mainnet = "" if allow_mainnet else f"; https://{MAINNET} needs GOV_ALLOW_MAINNET=true"
         raise SettingsError(f"BINANCE_BASE_URL is {url!r}, expected {allowed}, or loopback{mainnet}")
-    return f"{parts.scheme}://{parts.netloc}"
+    return f"{parts.scheme}://{place}"
 
 
 def _read(row: Row, value: str) -> Any:
@@ -244,13 +252,15 @@ def _limits_file(path: str) -> dict[str, dict[str, str]]:
     if not path:
         return {}
     try:
-        tables = tomllib.loads(Path(path).read_text())
+        tables = tomllib.loads(Path(path).read_text(), parse_float=Decimal)
     except (OSError, ValueError) as error:
         raise SettingsError(f"GOV_LIMITS_FILE is {path!r}, expected a readable TOML file: {error}") from None
     found: dict[str, dict[str, str]] = {}
     for symbol, table in tables.items():
         if not isinstance(table, dict):
             raise SettingsError(f"GOV_LIMITS_FILE {path!r}: {symbol} = {table!r}, expected a table [SYMBOL]")
+        if not _symbol(symbol):
+            raise SettingsError(f"GOV_LIMITS_FILE {path!r}: [{symbol}] is no symbol, expected A-Z, 0-9 and _")
         found[symbol] = {name: str(value) for name, value in table.items()}
     return found
 

@@ -140,8 +140,8 @@ class State:
         self.first_at: int | None = None
         """Time of the first event."""
         self.mode = Mode()
-        self.settings = ""
-        """Digest of the settings in force."""
+        self.settings: SettingsLoaded | None = None
+        """The settings in force."""
         self.hold_until = 0
         """No permits before this time, after history was restored or accepted."""
         self.counts = Counts()
@@ -244,7 +244,7 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
             state.mode = Mode(ARMED, time, event.reason, event.epoch, seq)
             state.errors = ()
         case SettingsLoaded():
-            state.settings = event.digest
+            state.settings = event
             if state.mode.seq == 0:
                 state.mode = msgspec.structs.replace(state.mode, since=time, seq=seq)
         case HistoryRestored() | HistoryAccepted():

@@ -1,0 +1,3 @@
+from governor.cli import main
+
+main(prog_name="governor")

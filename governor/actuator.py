@@ -1,0 +1,586 @@
+"""Force the Apply Layer to dry run: its environment file first, then its service, then proof of both.
+
+The file is rewritten before anything else is tried and never written back: a restart that fails leaves a file which
+says dry run for whoever starts the service next. Each step can be repeated, and a repetition changes nothing that
+is already right, so a disarm interrupted anywhere is finished by doing it again.
+
+Proof comes in three strengths. The file is always read back. `systemctl show` tells whether the service is a new
+invocation: no answer is tolerated, the old invocation is not. The environment of the running process tells which
+mode it really has, where it may be read (by root, or as the same user).
+
+Everything here blocks. Whatever serves an event loop calls it in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import msgspec
+
+from governor import envfile
+
+NAME = "APPLY_MODE"
+DRY_RUN = "dry_run"
+Step = Literal["lock", "read", "backup", "write", "restart", "verify"]
+
+_ROOM = "look for free space and for write access to that directory"
+_TEXT_LIMIT = 500
+_SHORT_TIMEOUT_S = 3.0
+"""For calls whose answer is welcome but not needed: they must not hold up the restart."""
+_LOOK_AGAIN_S = 0.01
+_ACL = "system.posix_acl_access"
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen of a forced dry run; None where it is not known."""
+
+    backup: str | None = None
+    """Copy of the file as it was; None when it needed no change."""
+    apply_mode: str | None = None
+    """Mode the file gives, read back."""
+    service: str
+    invocation_before: str | None = None
+    invocation_after: str | None = None
+    active_state: str | None = None
+    main_pid: int | None = None
+    environ_mode: str | None = None
+    """`APPLY_MODE` in the environment of the running main process."""
+    notes: tuple[str, ...] = ()
+    """What of the file's ownership could not be kept."""
+    seconds: float = 0.0
+
+
+class ActuatorError(Exception):
+    """A step did not succeed; the message names it, what was seen and what to do. To be tried again."""
+
+    def __init__(self, step: Step, message: str, proof: Proof) -> None:
+        super().__init__(f"{step}: {message}")
+        self.step: Step = step
+        self.proof = proof
+
+
+class Pending(msgspec.Struct, frozen=True, kw_only=True):
+    """A disarm by hand whose event is still to be written."""
+
+    reason: str
+    context: dict[str, Any]
+    operator: str
+    timestamp_us: int
+    proof: Proof | None = None
+    """What was verified; None when file and service are still to be done."""
+
+
+class PendingNote:
+    """A note beside the config file of a disarm done by hand while Redis was away. Writers hold the lock."""
+
+    def __init__(self, config_path: Path) -> None:
+        self.path = _beside(config_path, ".disarm-pending")
+        self._config_path = config_path
+
+    def write_pending(
+        self, *, reason: str, context: dict[str, Any], operator: str, timestamp_us: int, proof: Proof | None
+    ) -> None:
+        """Leave the note, in place of an earlier one. It belongs to the config file's owner, mode 0600.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        note = Pending(reason=reason, context=context, operator=operator, timestamp_us=timestamp_us, proof=proof)
+        like = None
+        with contextlib.suppress(OSError):
+            like = _File(self._config_path, b"", self._config_path.stat())
+        with _temporary(self.path, msgspec.json.encode(note), like, private=True) as (temp, _):
+            temp.replace(self.path)
+        _sync_directory(self.path)
+
+    def read_pending(self) -> Pending | None:
+        """Return the note, None without one. An unreadable one still tells that there was a disarm."""
+        try:
+            found = self.path.lstat()
+        except OSError:
+            return None
+        content = b""
+        try:
+            content = _read(self.path).data
+            return msgspec.json.decode(content, type=Pending)
+        except (OSError, ValueError, msgspec.DecodeError) as error:
+            return Pending(
+                reason="unreadable note",
+                context={"error": str(error), "content": content[:_TEXT_LIMIT].decode(errors="replace")},
+                operator="unknown",
+                timestamp_us=found.st_mtime_ns // 1000,
+            )
+
+    def clear_pending(self) -> None:
+        """Remove the note, if there is one.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+            _sync_directory(self.path)
+
+
+class Actuator:
+    """The Governor's one hand on the Apply Layer."""
+
+    settle_s = 1.0
+    """How long a new main process may take until its environment is its own."""
+
+    def __init__(
+        self,
+        *,
+        config_path: Path,
+        service: str,
+        clock: Callable[[], int],
+        systemctl: str = "systemctl",
+        timeout_s: float = 30,
+    ) -> None:
+        self.config_path = config_path
+        self.service = service
+        self._clock = clock
+        self._systemctl = systemctl
+        self._timeout_s = timeout_s
+        self._last_read: tuple[bytes, str | None] = (b"", None)
+
+    def apply_mode(self) -> str | None:
+        """Mode the file gives now; None when it is missing, unreadable, refused by systemd, or sets none.
+
+        The file is read each time, since a stat signature misses a second write within one clock tick; parsing it
+        is saved while the bytes are the same.
+        """
+        try:
+            data = _read(self.config_path).data
+        except OSError:
+            return None
+        last, mode = self._last_read
+        if data != last:
+            mode = None if envfile.refusal(data) else _mode(data)
+            self._last_read = (data, mode)
+        return mode
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Try once to take the lock beside the file; yields whether it is ours until the end of the block.
+
+        Raises:
+            ActuatorError: step `lock`, when there can be no lock at all.
+        """
+        target = _target(self.config_path)
+        path = _beside(target, ".lock")
+        with contextlib.ExitStack() as stack:
+            try:
+                lock = stack.enter_context(_open_lock(path, target))
+                taken = _flock(lock)
+            except OSError as error:
+                raise ActuatorError(
+                    "lock",
+                    f"cannot lock {path} ({_why(error)}); the directory of APPLY_CONFIG_PATH={self.config_path} must "
+                    "exist and let the Governor write",
+                    Proof(service=self.service),
+                ) from error
+            yield taken
+
+    def force_dry_run(self) -> Proof:
+        """Back up and rewrite the file, restart the service, verify both. The caller holds the lock.
+
+        Raises:
+            ActuatorError: with the step that failed and what was seen until then.
+        """
+        started = time.monotonic()
+        seen: dict[str, Any] = {"service": self.service}
+        try:
+            self._rewrite(seen)
+            environment_files = self._restart(seen)
+            data = self._verify_file(seen)
+            self._verify_service(seen, data, environment_files)
+        except _StepError as error:
+            raise ActuatorError(error.step, error.message, _proof(seen, started)) from error
+        return _proof(seen, started)
+
+    def _rewrite(self, seen: dict[str, Any]) -> None:
+        try:
+            original = _read(_target(self.config_path))
+        except OSError as error:
+            raise _StepError(
+                "read",
+                f"cannot read APPLY_CONFIG_PATH={self.config_path} ({_why(error)}); set APPLY_CONFIG_PATH to the "
+                f"environment file of {self.service}, or stop {self.service} by hand",
+            ) from error
+        seen["apply_mode"] = _mode(original.data)
+        try:
+            wanted = envfile.assign(original.data, NAME, DRY_RUN)
+        except ValueError as error:
+            raise _StepError("write", f"cannot edit {self.config_path} ({error}); set {NAME} by hand") from error
+        if wanted == original.data:
+            return
+        try:
+            seen["backup"] = str(self._back_up(original))
+        except OSError as error:
+            raise _StepError("backup", f"cannot copy {self.config_path} beside it ({_why(error)}); {_ROOM}") from error
+        try:
+            with _temporary(original.path, wanted, original) as (temp, notes):
+                temp.replace(original.path)
+            seen.update(apply_mode=DRY_RUN, notes=notes)
+            _sync_directory(original.path)
+        except OSError as error:
+            raise _StepError("write", f"cannot rewrite {original.path} ({_why(error)}); {_ROOM}") from error
+
+    def _back_up(self, original: _File) -> Path:
+        made = self._backup_of_an_earlier_try(original)
+        if made is not None:
+            return made
+        moment = datetime.fromtimestamp(self._clock() / 1e6, UTC)
+        first = _beside(self.config_path, f".bak.{moment:%Y%m%dT%H%M%SZ}")
+        with _temporary(self.config_path, original.data, original) as (temp, _):
+            path = _link_to_a_free_name(temp, first)
+        _sync_directory(path)
+        return path
+
+    def _backup_of_an_earlier_try(self, original: _File) -> Path | None:
+        """Find the backup of a try that ended before the rewrite: same bytes, and the file untouched since."""
+        start = f"{self.config_path.name}.bak."
+        for path in self.config_path.parent.iterdir():
+            if path.name.startswith(start):
+                with contextlib.suppress(OSError):
+                    backup = _read(path)
+                    if backup.data == original.data and backup.stat.st_ctime_ns >= original.stat.st_ctime_ns:
+                        return path
+        return None
+
+    def _restart(self, seen: dict[str, Any]) -> tuple[str, ...]:
+        """Restart the service and return the environment files that its unit names."""
+        if shutil.which(self._systemctl) is None:
+            raise _StepError(
+                "restart",
+                f"no {self._systemctl} on PATH={os.environ.get('PATH', '')}; the file says {DRY_RUN}, {self.service} "
+                "still runs as it did: restart it by hand",
+            )
+        seen["invocation_before"] = self._show().invocation
+        self._call("reset-failed", self.service, timeout_s=_SHORT_TIMEOUT_S)
+        answer = self._call("restart", self.service, timeout_s=self._timeout_s)
+        shown = self._show()
+        seen.update(invocation_after=shown.invocation, active_state=shown.active_state, main_pid=shown.main_pid)
+        if answer.code != 0:
+            raise _StepError(
+                "restart",
+                f"systemctl restart {self.service} {answer.told()}; the file says {DRY_RUN}, {_state(shown)}: look at "
+                f"systemctl status {self.service}",
+            )
+        return shown.environment_files
+
+    def _verify_file(self, seen: dict[str, Any]) -> bytes:
+        seen["apply_mode"] = None
+        try:
+            data = _read(self.config_path).data
+        except OSError as error:
+            raise _StepError("verify", f"cannot read {self.config_path} back ({_why(error)})") from error
+        seen["apply_mode"] = mode = _mode(data)
+        if mode != DRY_RUN:
+            raise _StepError(
+                "verify", f"{self.config_path} gives {_said(mode)} after it was rewritten; find out what else writes it"
+            )
+        return data
+
+    def _verify_service(self, seen: dict[str, Any], data: bytes, environment_files: tuple[str, ...]) -> None:
+        if seen["invocation_before"] is not None and seen["invocation_before"] == seen["invocation_after"]:
+            raise _StepError(
+                "verify",
+                f"{self.service} is still invocation {seen['invocation_after']} after systemctl restart; restart it "
+                "by hand",
+            )
+        ours = str(_target(self.config_path))
+        named = _expanded(environment_files)
+        refusal = envfile.refusal(data) if ours in named else None
+        if refusal is not None:
+            raise _StepError("verify", f"systemd does not load {self.config_path}: {refusal}; correct it by hand")
+        environ = _environ(seen["main_pid"], self.settle_s)
+        if environ is None:
+            source, mode = _overriding_file(named, ours)
+        else:
+            source, mode = f"process {seen['main_pid']}", environ.get(NAME)
+            seen["environ_mode"] = mode
+        if mode != DRY_RUN and (mode is not None or (environ is not None and ours in named)):
+            raise _StepError(
+                "verify",
+                f"{source} has {_said(mode)} although {self.config_path} says {DRY_RUN}: a later EnvironmentFile=, a "
+                f"drop-in or Environment= overrides it; see systemctl cat {self.service} and stop the service",
+            )
+
+    def _show(self) -> _Shown:
+        wanted = [word for name in _SHOWN for word in ("-p", name)]
+        answer = self._call("show", self.service, *wanted, timeout_s=_SHORT_TIMEOUT_S)
+        return _shown(answer.out if answer.code == 0 else "")
+
+    def _call(self, *args: str, timeout_s: float) -> _Answer:
+        # Into memory and not through pipes: a service that a simple systemctl starts itself would hold those open.
+        with _memory("stdout") as out, _memory("stderr") as err:
+            try:
+                process = subprocess.Popen(  # noqa: S603 - a list, no shell, the operator's own PATH
+                    [shutil.which(self._systemctl) or self._systemctl, *args],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    env=os.environ | {"LC_ALL": "C"},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                return _Answer(None, "", f"cannot be started ({_why(error)})")
+            with process:
+                try:
+                    code = process.wait(timeout_s)
+                except subprocess.TimeoutExpired:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    return _Answer(None, "", f"gave no answer within {timeout_s:g} s")
+            return _Answer(code, _text(out), _text(err))
+
+
+class _StepError(Exception):
+    def __init__(self, step: Step, message: str) -> None:
+        super().__init__(message)
+        self.step: Step = step
+        self.message = message
+
+
+class _File(NamedTuple):
+    path: Path
+    data: bytes
+    stat: os.stat_result
+
+
+class _Answer(NamedTuple):
+    code: int | None
+    out: str
+    err: str
+
+    def told(self) -> str:
+        text = " ".join((self.err or self.out).split())[:_TEXT_LIMIT]
+        return text if self.code is None else f"ended with {self.code} ({text or 'no output'})"
+
+
+_SHOWN = ("InvocationID", "ActiveState", "MainPID", "EnvironmentFiles")
+
+
+class _Shown(NamedTuple):
+    invocation: str | None
+    active_state: str | None
+    main_pid: int | None
+    environment_files: tuple[str, ...]
+
+
+def _shown(text: str) -> _Shown:
+    """Read `systemctl show`, whatever of it is there."""
+    lines = [line.partition("=") for line in text.splitlines()]
+    values = {name: value.strip() for name, _, value in lines}
+    pid = values.get("MainPID", "")
+    return _Shown(
+        values.get("InvocationID") or None,
+        values.get("ActiveState") or None,
+        int(pid) if pid.isdecimal() and int(pid) > 0 else None,
+        tuple(value.partition(" (ignore_errors=")[0] for name, _, value in lines if name == "EnvironmentFiles"),
+    )
+
+
+def _state(shown: _Shown) -> str:
+    if shown.active_state in {"failed", "inactive"}:
+        return f"the service is {shown.active_state}, which is safe, but not dry run"
+    return f"the service is {shown.active_state or 'in an unknown state'} and may run as it did"
+
+
+def _proof(seen: dict[str, Any], started: float) -> Proof:
+    return Proof(**seen, seconds=round(time.monotonic() - started, 6))
+
+
+def _mode(data: bytes) -> str | None:
+    """Mode the file gives; where systemd's versions read it differently, the one that is not dry run."""
+    return next((value for value in envfile.readings(data, NAME) if value != DRY_RUN), DRY_RUN)
+
+
+def _said(mode: str | None) -> str:
+    return f"no {NAME}" if mode is None else f"{NAME}={mode}"
+
+
+def _environ(pid: int | None, settle_s: float) -> dict[str, str] | None:
+    """Environment of a process, None where it may not be read.
+
+    Between fork and exec a process still shows its parent's, so one without the mode is looked at again for a while.
+    """
+    until = time.monotonic() + settle_s
+    while True:
+        try:
+            content = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return None
+        pairs = [entry.partition("=") for entry in content.decode(errors="surrogateescape").split("\0") if entry]
+        environ = {name: value for name, _, value in reversed(pairs)}
+        if NAME in environ or time.monotonic() >= until:
+            return environ or None
+        time.sleep(_LOOK_AGAIN_S)
+
+
+def _expanded(environment_files: tuple[str, ...]) -> list[str]:
+    found: list[str] = []
+    for pattern in environment_files:
+        found += map(os.path.realpath, sorted(glob.glob(pattern)))  # noqa: PTH207 - the pattern is absolute
+    return found
+
+
+def _overriding_file(named: list[str], ours: str) -> tuple[str, str | None]:
+    """Find the environment file after ours that sets another mode."""
+    for path in named[named.index(ours) + 1 :] if ours in named else ():
+        with contextlib.suppress(OSError):
+            for mode in envfile.readings(_read(Path(path)).data, NAME):
+                if mode not in {None, DRY_RUN}:
+                    return path, mode
+    return "", None
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _target(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _opened(path: Path, flags: int) -> IO[bytes]:
+    def opener(name: str, _: int) -> int:
+        return os.open(name, flags | os.O_CLOEXEC, 0o600)
+
+    return open(path, "wb" if flags & os.O_WRONLY else "rb", opener=opener)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _read(path: Path) -> _File:
+    """Read a regular file (a FIFO in its place would block for ever)."""
+    with _opened(path, os.O_RDONLY | os.O_NONBLOCK) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return _File(path, file.read(), found)
+
+
+@contextlib.contextmanager
+def _temporary(
+    target: Path, data: bytes, like: _File | None, *, private: bool = False
+) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A complete file beside the target, on disk, with the owner and mode of another; gone at the end unless renamed.
+
+    The name is fixed, so that what a killed process left goes with the next try; the lock makes that safe.
+    """
+    temp = target.with_name(f".{target.name}.tmp")
+    temp.unlink(missing_ok=True)
+    try:
+        with _opened(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+            notes = () if like is None else _make_alike(file.fileno(), like, private=private)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temp, notes
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _make_alike(fd: int, like: _File, *, private: bool) -> tuple[str, ...]:
+    """Give a file the owner, access list and mode of another, never more; tell what could not be kept."""
+    mode = 0o600 if private else stat.S_IMODE(like.stat.st_mode)
+    notes = []
+    _give(fd, like.stat)
+    now = os.fstat(fd)
+    if now.st_uid != like.stat.st_uid:
+        notes.append(f"owner was {like.stat.st_uid}, is {now.st_uid}")
+    if now.st_gid != like.stat.st_gid:
+        mode &= ~stat.S_IRWXG
+        notes.append(f"group was {like.stat.st_gid}, is {now.st_gid}, which got no access")
+    if not private:
+        _copy_access_list(fd, like.path)
+    os.fchmod(fd, mode)
+    return tuple(notes)
+
+
+def _give(fd: int, like: os.stat_result) -> None:
+    """Pass a file on to another's owner and group, or to the group alone, as far as that is allowed."""
+    for uid in (like.st_uid, -1):
+        try:
+            os.fchown(fd, uid, like.st_gid)
+        except OSError as error:
+            # EINVAL: an owner who does not exist in this user namespace.
+            if error.errno not in {errno.EPERM, errno.EINVAL}:
+                raise
+        else:
+            return
+
+
+def _copy_access_list(fd: int, source: Path) -> None:
+    """Take over the POSIX access list: under one, the group bits of the mode are a mask and would grant too much."""
+    with contextlib.suppress(OSError):
+        os.removexattr(fd, _ACL)
+    with contextlib.suppress(OSError):
+        os.setxattr(fd, _ACL, os.getxattr(source, _ACL))
+
+
+def _link_to_a_free_name(temp: Path, first: Path) -> Path:
+    path, number = first, 0
+    while True:
+        try:
+            path.hardlink_to(temp)
+        except FileExistsError:
+            number += 1
+            path = _beside(first, f".{number}")
+        else:
+            return path
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_lock(path: Path, config: Path) -> IO[bytes]:
+    """Open the lock file, readable for those who may read the config, so that root and the daemon can share it."""
+    with contextlib.suppress(FileNotFoundError):
+        return _opened(path, os.O_RDONLY)
+    like = (config if config.exists() else config.parent).stat()
+    lock = _opened(path, os.O_RDONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        _give(lock.fileno(), like)
+        os.fchmod(lock.fileno(), like.st_mode & 0o666)
+    return lock
+
+
+def _flock(lock: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _memory(name: str) -> IO[bytes]:
+    return open(os.memfd_create(name), "w+b")  # noqa: PTH123 - a file descriptor
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(1 << 20).decode(errors="replace")

@@ -1,0 +1,176 @@
+"""`governor disarm` and `governor rearm`: a person acts, with or without a daemon, with or without Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from events import store
+from events.keys import Keys
+from events.store import StoreError, Write
+from governor import decider, disarming
+from governor.actuator import Actuator, ActuatorError, PendingNote, Proof
+from governor.connection import now, redis_options
+from governor.ledger import Ledger, Proposal
+from governor.settings import Settings
+
+REDIS_S = 2.0
+"""Redis has this long to answer before file and service come first."""
+WAIT_S = 30.0
+
+
+async def disarm(settings: Settings, *, reason: str, operator: str) -> dict[str, Any]:
+    """Disarm by hand.
+
+    Returns:
+        What to tell: `message`, `code` (0 done, 1 the Apply Layer could not be forced, 4 Redis not reachable),
+        `state`, `epoch`, `done`, `reason`, `operator`.
+    """
+    actuator = _actuator(settings)
+    try:
+        async with _connected(settings) as ledger:
+            brake = json.dumps({"operator": operator, "reason": reason}).encode()
+            # The brake first: it takes effect with this write, whatever a busy daemon commits meanwhile.
+            await ledger.store.write([Write("set", ledger.keys.halt, (brake,))])
+            await ledger.open()
+            mode = actuator.apply_mode()
+            outcome = await ledger.propose(
+                lambda state, _now: Proposal(
+                    decider.disarm_by_hand(state, reason=reason, operator=operator, apply_mode=mode),
+                    writes=[Write("del", ledger.keys.halt)],
+                )
+            )
+            if outcome.error is not None:
+                raise outcome.error
+            await _finish(ledger, actuator, settings)
+            return _told(ledger, operator)
+    except StoreError as error:
+        return await _without_redis(settings, actuator, error, reason=reason, operator=operator)
+
+
+async def rearm(settings: Settings, *, reason: str, operator: str, force: bool) -> dict[str, Any]:
+    """Arm again.
+
+    Returns:
+        What to tell: `message`, `code` (0 armed, 1 refused), `state`, `epoch`.
+
+    Raises:
+        StoreError: Redis is not reachable.
+    """
+    async with _connected(settings) as ledger:
+        await ledger.open()
+        (halt,) = await ledger.store.values(ledger.keys.halt)
+        was = ledger.state.mode
+        outcome = await ledger.propose(
+            lambda state, _now: Proposal(
+                decider.rearm(state, reason=reason, operator=operator, force=force, halt=halt is not None),
+                writes=[Write("del", ledger.keys.halt)] if force and halt is not None else [],
+            )
+        )
+        mode = ledger.state.mode
+        told: dict[str, Any] = {"state": mode.state, "epoch": mode.epoch, "reason": reason, "operator": operator}
+        if isinstance(outcome.error, decider.RearmRefusedError):
+            return told | {"code": 1, "message": f"refused: {outcome.error}"}
+        if outcome.error is not None:
+            raise outcome.error
+        if was.state != "DISARMED":
+            return told | {"code": 0, "message": f"nothing to do: the state is {mode.state}"}
+        return told | {
+            "code": 0,
+            "message": (
+                f"{mode.state}, epoch {mode.epoch}. The Apply Layer is still as the disarm left it; to trade again "
+                f"set APPLY_MODE in {settings.apply_config_path} and restart {settings.apply_service}."
+            ),
+        }
+
+
+async def _finish(ledger: Ledger, actuator: Actuator, settings: Settings) -> None:
+    """See the disarm through: ourselves where we may write the file, else by waiting for the daemon."""
+    mine = os.access(settings.apply_config_path.parent, os.W_OK)
+    attempts = ledger.state.mode.disarm.attempts if ledger.state.mode.disarm is not None else 0
+    until = time.monotonic() + WAIT_S
+    while disarming.pending(ledger.state) is not None and time.monotonic() < until:
+        done = None
+        if mine:
+            done = await disarming.carry_out(ledger, actuator, submit=ledger.propose, refresh=ledger.catch_up)
+        else:
+            await ledger.catch_up()
+            pending = disarming.pending(ledger.state)
+            done = False if pending is not None and pending.attempts > attempts else None
+        if done is not None:
+            return
+        await asyncio.sleep(0.1)
+
+
+def _told(ledger: Ledger, operator: str) -> dict[str, Any]:
+    mode, held = ledger.state.mode, ledger.state.mode.disarm
+    done = held is not None and held.done
+    told: dict[str, Any] = {
+        "state": mode.state,
+        "epoch": mode.epoch,
+        "reason": mode.reason,
+        "operator": held.operator if held is not None and held.operator else operator,
+        "done": done,
+        "code": 0 if done else 1,
+    }
+    if done:
+        return told | {
+            "message": f"DISARMED, epoch {mode.epoch}. The Apply Layer is in dry run, restarted and verified."
+        }
+    why = (held.error if held is not None else None) or "nobody has carried it out yet"
+    return told | {
+        "message": f"DISARMED, epoch {mode.epoch}: no permits. BUT THE APPLY LAYER IS NOT PROVEN TO BE IN DRY RUN: "
+        f"{why}. "
+        "The daemon tries again; stop the service by hand if you cannot wait."
+    }
+
+
+async def _without_redis(
+    settings: Settings, actuator: Actuator, error: StoreError, *, reason: str, operator: str
+) -> dict[str, Any]:
+    note = PendingNote(settings.apply_config_path)
+    told: dict[str, Any] = {"state": None, "epoch": None, "reason": reason, "operator": operator, "code": 4}
+    proof: Proof | None = None
+    problem = ""
+    try:
+        with actuator.locked() as taken:
+            if not taken:
+                problem = "another disarm is at the file right now"
+            else:
+                proof = await asyncio.to_thread(actuator.force_dry_run)
+    except (ActuatorError, OSError) as failed:
+        problem = str(failed)
+    try:
+        note.write_pending(
+            reason=reason, operator=operator, context={"operator": operator}, timestamp_us=now(), proof=proof
+        )
+        kept = "It becomes an event as soon as the daemon reaches Redis."
+    except OSError as failed:
+        kept = f"It could not be noted for later either: {failed}."
+    if proof is None:
+        message = (
+            f"Redis is not reachable ({error}) AND THE APPLY LAYER COULD NOT BE FORCED TO DRY RUN: {problem}. {kept}"
+        )
+    else:
+        message = f"The Apply Layer is in dry run, restarted and verified. Redis is not reachable ({error}). {kept}"
+    return told | {"done": proof is not None, "message": message}
+
+
+def _actuator(settings: Settings) -> Actuator:
+    return Actuator(config_path=settings.apply_config_path, service=settings.apply_service, clock=now)
+
+
+@asynccontextmanager
+async def _connected(settings: Settings) -> AsyncIterator[Ledger]:
+    keys = Keys(settings.key_prefix)
+    client = store.client(**redis_options(settings), socket_timeout=REDIS_S)
+    try:
+        events = store.RedisStore(client, stream=keys.events, halt=keys.halt)
+        yield Ledger(events, keys, now, audit_key=settings.audit_key.encode() or None)
+    finally:
+        await client.aclose()

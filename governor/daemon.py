@@ -1,0 +1,191 @@
+"""The composition root of `governor run`: everything is put together here and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, TypeVar
+
+import structlog
+import uvloop
+
+from events import store
+from events.intake import Intake
+from events.keys import Keys
+from governor import logs
+from governor.actuator import Actuator, PendingNote
+from governor.binance import Binance
+from governor.connection import now, redis_options
+from governor.http import Answer, HttpServer
+from governor.ledger import Ledger
+from governor.metrics import Metrics
+from governor.notify import Notifier
+from governor.service import VERSION, Governor
+from governor.settings import Settings, SettingsError
+
+log = structlog.get_logger("governor")
+
+STOP_S = 1.5
+"""How long a stop waits for what is being decided."""
+THREAD_SWITCH_S = 0.0005
+"""The default of 5 ms lets a scrape hold a permit up that long."""
+T = TypeVar("T")
+
+
+def main(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code."""
+    logs.configure(log_format=settings.log_format, level=settings.log_level)
+    sys.setswitchinterval(THREAD_SWITCH_S)
+    try:
+        uvloop.run(serve(settings))
+    except SettingsError as error:
+        log.error("cannot start", error=str(error))
+        return 78
+    return 0
+
+
+async def serve(settings: Settings) -> None:
+    """The daemon's life.
+
+    Raises:
+        SettingsError: a setting that only shows as wrong against what is there: a port taken, a cluster.
+    """
+    for warning in settings.warnings:
+        log.warning("setting ignored", problem=warning)
+    loop = asyncio.get_running_loop()
+    keys = Keys(settings.key_prefix)
+    options = redis_options(settings)
+    commits = store.client(**options, socket_timeout=5)
+    reads = store.client(**options, socket_timeout=5)
+    key = settings.audit_key.encode() or None
+    governor: Governor | None = None
+
+    ledger = Ledger(
+        store.RedisStore(commits, stream=keys.events, halt=keys.halt),
+        keys,
+        now,
+        audit_key=key,
+        observe=lambda recorded, state: governor.observe(recorded, state) if governor is not None else None,
+        turned=lambda: governor.beat() if governor is not None else None,
+    )
+    metrics = Metrics(
+        lambda: _in_loop(loop, lambda: governor.snapshot() if governor is not None else None),
+        max_symbols=settings.symbol_labels,
+        version=VERSION,
+    )
+    exchange = _exchange(settings, metrics) if settings.credentials else None
+    notifier = Notifier()
+    governor = Governor(
+        settings,
+        ledger=ledger,
+        intake=Intake(reads, {keys.plans: "0", keys.results: "$"}),
+        exchange=exchange,
+        actuator=Actuator(config_path=settings.apply_config_path, service=settings.apply_service, clock=now),
+        note=PendingNote(settings.apply_config_path),
+        notifier=notifier,
+        clock=now,
+        metrics=metrics,
+    )
+    http = _listen(settings, loop, metrics, governor)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    log.info("starting", version=VERSION, settings=settings.digest, redis=f"{settings.redis_host}:{settings.redis_port}",
+             exchange=settings.base_url if exchange is not None else None, metrics_port=http.port)  # fmt: skip
+    try:
+        await _refuse_plain_prefix_on_cluster(commits, settings)
+        running = loop.create_task(governor.run(ready=lambda: _ready(notifier)))
+        stopping = loop.create_task(stop.wait())
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        notifier.send(STOPPING="1")
+        await governor.stop(STOP_S)
+        stopping.cancel()
+        while not running.done():
+            running.cancel()
+            governor.cancel()
+            await asyncio.wait({running}, timeout=0.2)
+        if not running.cancelled() and (error := running.exception()) is not None:
+            raise error
+        log.info("stopped", seq=ledger.state.seq)
+    finally:
+        http.close()
+        if exchange is not None:
+            await exchange.aclose()
+        await commits.aclose()
+        await reads.aclose()
+
+
+def _exchange(settings: Settings, metrics: Metrics) -> Binance:
+    def called(endpoint: str, seconds: float, outcome: str) -> None:
+        metrics.exchange_seconds.labels(endpoint).observe(seconds)
+        if outcome != "ok":
+            metrics.exchange_error.labels(outcome).inc()
+
+    return Binance(
+        base_url=settings.base_url,
+        api_key=settings.api_key,
+        api_secret=settings.api_secret,
+        timeout_s=settings.binance_timeout_s,
+        allow_mainnet=settings.allow_mainnet,
+        now=now,
+        on_call=called,
+    )
+
+
+def _ready(notifier: Notifier) -> None:
+    notifier.send(READY="1")
+    log.info("ready")
+
+
+def _listen(settings: Settings, loop: asyncio.AbstractEventLoop, metrics: Metrics, governor: Governor) -> HttpServer:
+    def healthy() -> Answer:
+        alive = _in_loop(loop, lambda: True) is True
+        return alive, {"loop": "alive" if alive else "does not answer"}
+
+    def ready() -> Answer:
+        answer = _in_loop(loop, governor.ready)
+        return answer if answer is not None else (False, {"ready": False, "problems": ["the loop does not answer"]})
+
+    try:
+        return HttpServer(
+            settings.metrics_host, settings.metrics_port, registry=metrics.registry, healthy=healthy, ready=ready
+        )
+    except OSError as error:
+        raise SettingsError(
+            f"METRICS_PORT is {settings.metrics_port}, expected a free port on {settings.metrics_host}: "
+            f"{error.strerror}"
+        ) from error
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, ask: Callable[[], T], *, within_s: float = 1.0) -> T | None:
+    """Ask the event loop from another thread; None when it does not answer."""
+
+    async def answer() -> T:
+        return ask()
+
+    coroutine = answer()
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(within_s)
+    except FutureTimeoutError:
+        return None
+    except RuntimeError:  # the loop is closed
+        coroutine.close()
+        return None
+
+
+async def _refuse_plain_prefix_on_cluster(client: Any, settings: Settings) -> None:
+    if "{" in settings.key_prefix:
+        return
+    try:
+        info = await client.info("cluster")
+    except Exception as error:  # noqa: BLE001 - not reachable yet, or INFO not allowed: nothing to refuse
+        log.debug("cluster state unknown", error=str(error))
+        return
+    if info.get("cluster_enabled"):
+        raise SettingsError(
+            f"GOV_KEY_PREFIX is {settings.key_prefix!r}, expected one with a hash tag such as '{{quantum}}': "
+            "on a Redis Cluster all keys of an account have to be in one slot"
+        )

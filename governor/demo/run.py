@@ -1,0 +1,216 @@
+"""Directing the demo: the daemon as its own process, the story, the view, and a summary at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import redis.asyncio
+from rich.console import Console
+from rich.live import Live
+
+from events import store
+from events.keys import Keys
+from events.types import Execution, Recorded
+from governor.connection import now
+from governor.demo.stage import SERVICE, Stage, stop
+from governor.demo.story import REARM_AFTER_S, scenes
+from governor.demo.view import View
+from governor.envfile import assign, effective
+from governor.ledger import Ledger
+from governor.policy import Policy
+from governor.sim.apply_layer import PROPOSALS
+from governor.sim.exchange import PriceTape
+from governor.status import describe, policy_of
+from projections.state import State
+
+RUNS_KEPT = 5
+FRAME_S = 0.25
+
+
+def main(*, directory: str, port: int, seconds: float | None, svg: str | None, as_json: bool) -> int:
+    """Run the demo; returns the exit code."""
+    home = _home(Path(directory))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_Demo(home, port=port, seconds=seconds, svg=svg, as_json=as_json).run())
+    return 0
+
+
+def _home(directory: Path) -> Path:
+    """A new directory for this run; only the last few are kept."""
+    old = sorted(directory.glob("demo-*"))[: -(RUNS_KEPT - 1)]
+    for path in old:
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
+        path.rmdir()
+    return (directory / time.strftime("demo-%Y%m%dT%H%M%S")).absolute()
+
+
+class _Demo:
+    def __init__(self, home: Path, *, port: int, seconds: float | None, svg: str | None, as_json: bool) -> None:
+        self.home, self.port, self.seconds, self.svg, self.as_json = home, port, seconds, svg, as_json
+        self.view = View()
+        self.seen: dict[str, int] = {}
+        self.started = time.monotonic()
+
+    async def run(self) -> None:
+        async with Stage(self.home, port=self.port).open() as stage:
+            self.stage = stage
+            client = store.client(host="127.0.0.1", port=stage.port, socket_timeout=5)
+            keys = Keys()
+            self.ledger = Ledger(
+                store.RedisStore(client, stream=keys.events, halt=keys.halt), keys, now, observe=self._observe
+            )
+            print(f"demo: Valkey on 127.0.0.1:{stage.port}, data and logs in {self.home}", file=sys.stderr)  # noqa: T201
+            with (self.home / "governor.log").open("ab") as log:
+                daemon = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "governor", "run",
+                    env=stage.environ(), stdout=log, stderr=log, start_new_session=True,
+                )  # fmt: skip
+            try:
+                await self._play(client, daemon)
+            finally:
+                code = await stop(daemon)
+                with contextlib.suppress(store.StoreError):
+                    await self.ledger.catch_up()
+                await client.aclose()
+            self._sum_up(code)
+
+    async def _play(self, client: redis.asyncio.Redis, daemon: asyncio.subprocess.Process) -> None:
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stopped.set)
+        self.started = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._tell_story(client)),
+                group.create_task(self._move_prices()),
+                group.create_task(self._be_a_person()),
+                group.create_task(self._show()),
+            ]
+            ended = group.create_task(daemon.wait())
+            stopping = group.create_task(stopped.wait())
+            await asyncio.wait({ended, stopping}, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED)
+            for task in (*tasks, ended, stopping):
+                task.cancel()
+        if daemon.returncode is not None:
+            print(f"demo: the daemon ended by itself, see {self.home / 'governor.log'}", file=sys.stderr)  # noqa: T201
+
+    async def _tell_story(self, client: redis.asyncio.Redis) -> None:
+        while not self.ledger.state.seq:  # until the daemon has begun
+            await asyncio.sleep(0.05)
+        self.started = time.monotonic()
+        for scene in scenes():
+            await asyncio.sleep(max(0.0, self.started + scene.at - time.monotonic()))
+            self.view.tells = scene.tells
+            await client.rpush(PROPOSALS, json.dumps(scene.proposals))
+
+    async def _be_a_person(self) -> None:
+        while True:
+            disarm = self.ledger.state.mode.disarm
+            if disarm is not None and disarm.done:
+                await asyncio.sleep(REARM_AFTER_S)
+                await self._rearm()
+            await asyncio.sleep(FRAME_S)
+
+    async def _rearm(self) -> None:
+        """What a person does after looking at it: arm, put the file back, restart the service."""
+        self.view.tells = "a person looked at it, arms again and puts the Apply Layer back"
+        environ = self.stage.environ() | {"SUDO_USER": "demo-operator"}
+        config = self.stage.config
+        config.write_bytes(assign(config.read_bytes(), "APPLY_MODE", "testnet"))
+        for command in (
+            [str(self.home / "bin" / "systemctl"), "restart", SERVICE],
+            [sys.executable, "-m", "governor", "rearm", "--reason", "demo: looked at it"],
+        ):
+            process = await asyncio.create_subprocess_exec(
+                *command, env=environ, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+            )
+            await process.wait()
+
+    async def _move_prices(self) -> None:
+        tape = PriceTape.load()
+        while True:
+            for symbol in tape.symbols:
+                self.stage.exchange.set_price(symbol, tape.price(symbol, time.monotonic() - self.started))
+            await asyncio.sleep(0.2)
+
+    async def _show(self) -> None:
+        console = Console(stderr=True)
+        live = Live(console=console, refresh_per_second=8, screen=self.seconds is None and console.is_terminal)
+        with live if self.seconds is None else contextlib.nullcontext():
+            while True:
+                with contextlib.suppress(store.UnavailableError):
+                    await self.ledger.catch_up()
+                if self.seconds is None:
+                    live.update(self._picture())
+                await asyncio.sleep(FRAME_S)
+
+    def _observe(self, recorded: Recorded, _state: State) -> None:
+        name = recorded.event.NAME
+        self.seen[name] = self.seen.get(name, 0) + 1
+        self.view.note(recorded)
+        if name == "DISARM_STARTED" and self.svg:
+            # A picture of the moment that matters, a second after the disarm.
+            asyncio.get_running_loop().call_later(1.5, self._keep_picture)
+        event = recorded.event
+        if isinstance(event, Execution) and event.executed and event.executed_qty is not None:
+            self.stage.exchange.reduce(event.symbol, event.executed_qty)
+
+    def _picture(self) -> Any:
+        policy = policy_of(self.ledger.state, Policy())
+        mode = effective(self.stage.config.read_bytes(), "APPLY_MODE")
+        return self.view.render(self.ledger.state, policy, now(), apply_mode=mode)
+
+    def _keep_picture(self) -> None:
+        if self.svg is None:
+            return
+        with Path(os.devnull).open("w") as nowhere:
+            console = Console(record=True, width=110, file=nowhere, force_terminal=True, color_system="truecolor")
+            console.print(self._picture())
+            console.save_svg(self.svg, title="governor demo")
+        self.svg = None
+
+    def _sum_up(self, code: int | None) -> None:
+        counts = self.ledger.state.counts
+        told = {
+            "seconds": round(time.monotonic() - self.started, 1),
+            "state": self.ledger.state.mode.state,
+            "epoch": self.ledger.state.mode.epoch,
+            "plans": counts.plans,
+            "allowed": counts.allowed,
+            "blocked": counts.blocked,
+            "skipped": counts.skipped,
+            "rejected": counts.rejected,
+            "consumed": counts.consumed,
+            "expired": counts.expired,
+            "revoked": counts.revoked,
+            "executions": counts.executions,
+            "disarms": counts.disarms,
+            "proven_disarms": self.seen.get("AUTO_DISARM", 0) + self.seen.get("MANUAL_DISARM", 0),
+            "rearmed": self.seen.get("REARMED", 0),
+            "restarts": self.stage.restarts,
+            "apply_mode": effective(self.stage.config.read_bytes(), "APPLY_MODE"),
+            "reasons": describe(self.ledger.state, Policy(), now())["reason"],
+            "daemon_exit": code,
+            "events": self.ledger.state.seq,
+            "data": str(self.home),
+        }
+        if self.as_json:
+            print(json.dumps(told, default=_plain))  # noqa: T201
+            return
+        for name, value in told.items():
+            print(f"{name:>16}  {value}")  # noqa: T201
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, Decimal) else str(value)

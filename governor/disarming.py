@@ -1,0 +1,112 @@
+"""Carrying a disarm out: intent (an event), effect (file and service), proof (an event).
+
+The daemon and the command line both come through here. Whoever holds the lock beside the file looks at the events
+first, so one disarm touches the file and the service once, and a start after a crash finishes what has no proof.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from events.types import AutoDisarm, DisarmFailed, DisarmStarted, Event, ManualDisarm
+from governor.actuator import Actuator, ActuatorError, Proof
+from governor.decider import ACTION_TAKEN, disarm_by_hand
+from governor.ledger import Outcome, Proposal, Propose
+from projections.state import Disarm, State
+
+log = structlog.get_logger("governor.disarm")
+
+BACK_OFF_S = (2.0, 4.0, 8.0, 15.0)
+"""Waits after a failed attempt; the last one from then on."""
+
+
+class Submits(Protocol):
+    """The ledger, with or without its loop."""
+
+    state: State
+
+
+def pending(state: State) -> Disarm | None:
+    """The disarm that has an intent and no proof."""
+    disarm = state.mode.disarm
+    return disarm if disarm is not None and not disarm.done else None
+
+
+async def carry_out(
+    ledger: Submits,
+    actuator: Actuator,
+    *,
+    submit: Callable[[Propose], Awaitable[Outcome]],
+    refresh: Callable[[], Awaitable[None]],
+) -> bool | None:
+    """One attempt at the pending disarm.
+
+    Returns:
+        True when it is done (by anyone), False when it failed, None when somebody else is at it.
+    """
+    with actuator.locked() as taken:
+        if not taken:
+            return None
+        await refresh()
+        disarm = pending(ledger.state)
+        if disarm is None:
+            return True
+        try:
+            proof = msgspec.to_builtins(await asyncio.to_thread(actuator.force_dry_run))
+        except (ActuatorError, OSError) as error:
+            step = error.step if isinstance(error, ActuatorError) else "unexpected"
+            log.error("disarm failed", reason=disarm.reason, epoch=disarm.epoch, step=step, error=str(error))
+            failed = DisarmFailed(epoch=disarm.epoch, attempt=disarm.attempts + 1, step=step, error=str(error)[:500])
+            await submit(_only_while_pending(disarm.epoch, failed))
+            return False
+        await submit(_only_while_pending(disarm.epoch, proven(disarm, proof)))
+        log.warning("disarmed", reason=disarm.reason, epoch=disarm.epoch, action_taken=ACTION_TAKEN, **_short(proof))
+        return True
+
+
+def proven(disarm: Disarm, proof: dict[str, Any]) -> Event:
+    """The event that says what was done and verified."""
+    if disarm.manual:
+        return ManualDisarm(
+            reason=disarm.reason,
+            context=disarm.context,
+            action_taken=ACTION_TAKEN,
+            epoch=disarm.epoch,
+            operator=disarm.operator or "unknown",
+            proof=proof,
+        )
+    return AutoDisarm(
+        reason=disarm.reason, context=disarm.context, action_taken=ACTION_TAKEN, epoch=disarm.epoch, proof=proof
+    )
+
+
+def told_later(state: State, *, reason: str, operator: str, proof: Proof | None) -> list[Event]:
+    """Events of a disarm by hand that was carried out while nothing could be committed."""
+    events = disarm_by_hand(state, reason=reason, operator=operator, apply_mode=None)
+    started = events[0] if events else None
+    if isinstance(started, DisarmStarted) and proof is not None:
+        disarm = Disarm(0, reason, started.context, started.epoch, manual=True, operator=operator)
+        events.append(proven(disarm, msgspec.to_builtins(proof)))
+    return events
+
+
+def back_off(attempts: int) -> float:
+    """Seconds to wait after that many failed attempts."""
+    return BACK_OFF_S[min(max(attempts, 1), len(BACK_OFF_S)) - 1]
+
+
+def _only_while_pending(epoch: int, event: Event) -> Propose:
+    def propose(state: State, _now: int) -> Proposal:
+        disarm = pending(state)
+        return Proposal([event] if disarm is not None and disarm.epoch == epoch else [])
+
+    return propose
+
+
+def _short(proof: dict[str, Any]) -> dict[str, Any]:
+    return {name: proof.get(name) for name in ("backup", "invocation_after", "active_state", "seconds")}

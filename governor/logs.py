@@ -1,0 +1,41 @@
+"""Structured logs: for people on a terminal, JSON otherwise, to stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import structlog
+
+
+def configure(*, log_format: str, level: str) -> None:
+    """Set logging up for the process.
+
+    Args:
+        log_format: `json`, `console`, or empty: console on a terminal.
+        level: `DEBUG`, `INFO`, `WARNING` or `ERROR`.
+    """
+    console = log_format == "console" or (not log_format and sys.stderr.isatty())
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ and sys.stderr.isatty())
+        if console
+        else structlog.processors.JSONRenderer(default=str)
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    # httpx writes every URL to its log, and a signed URL carries the signature.
+    for name in ("httpx", "httpcore", "transitions"):
+        logging.getLogger(name).setLevel(logging.WARNING)

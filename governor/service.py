@@ -1,0 +1,565 @@
+"""The daemon: plans in, decisions out, and what has to happen in between.
+
+    intake ─► one queue a symbol ─► exchange ─► ledger ─► events, permits
+                                                  │
+    sweeper (permits at their end, brake, throttle's end, missing keys) ─┤
+    disarmer (file and service, until proven) ──────────────────────────┘
+
+Plans of one symbol are decided in the order in which they came; different symbols do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import structlog
+
+from events.intake import GROUP, Delivery, Intake
+from events.keys import Keys
+from events.store import Ack, Require, RequirementError, StoreError, Write
+from events.types import Decision, Event, Recorded, SettingsLoaded
+from governor import decider, disarming
+from governor.actuator import Actuator, PendingNote
+from governor.gates import Situation
+from governor.ledger import Ledger, Outcome, Proposal
+from governor.market import Market
+from governor.metrics import Metrics, Snapshot, snapshot_symbols
+from governor.notify import Notifier
+from governor.permits import TAKE_BACK_US
+from governor.plans import MalformedPlanError, Plan, parse_plan
+from governor.results import parse_result
+from governor.settings import Settings
+from projections import errors, totals, views
+from projections.state import DISARMED, State
+
+log = structlog.get_logger("governor")
+
+VERSION = version("quantum-governor")
+WAITING_MOST = 2000
+"""Deliveries read and not yet decided; more are left in Redis."""
+READ_MOST = 500
+RUN_MOST = 32
+"""Plans of one symbol put into one commit."""
+SWEEP_S = 0.1
+BEAT_S = 1.0
+MARKET_FRESH_US = 5_000_000
+"""Exchange data older than this at the moment of the decision is asked for again."""
+CLOCK_OFF_S = 5.0
+
+
+class Exchange(Protocol):
+    """What the daemon needs of an exchange adapter."""
+
+    @property
+    def weight_used(self) -> int: ...
+
+    @property
+    def weight_limit(self) -> int: ...
+
+    async def market(self, symbol: str) -> Market:
+        """One look; never raises for exchange trouble."""
+        ...
+
+    async def warm_up(self) -> None: ...
+
+    async def keep_alive(self) -> None:
+        """Runs for ever."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class Governor:
+    """One daemon over a ledger, an intake, an exchange and an actuator."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        ledger: Ledger,
+        intake: Intake,
+        exchange: Exchange | None,
+        actuator: Actuator,
+        note: PendingNote,
+        notifier: Notifier,
+        clock: Callable[[], int],
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.settings = settings
+        self.policy = settings.policy
+        self.ledger = ledger
+        self.keys: Keys = ledger.keys
+        self.intake = intake
+        self.exchange = exchange
+        self.actuator = actuator
+        self.note = note
+        self.notifier = notifier
+        self.clock = clock
+        self.metrics = metrics
+        self.following = False
+        """Whether the plan stream is being read."""
+        self.skew_s = 0.0
+        """Redis' clock minus ours."""
+        self.loop_at = 0
+        self.stopping = False
+        self._told = ("", 0.0)
+        self._queues: dict[str, deque[Delivery]] = {}
+        self._waiting = 0
+        self._room = asyncio.Event()
+        self._room.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._disarm_due = 0.0
+        self._disarming: asyncio.Task[None] | None = None
+
+    async def run(self, *, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until cancelled. Waits for Redis where it is away."""
+        await self._open()
+        async with asyncio.TaskGroup() as group:
+            self._tasks.add(group.create_task(self.ledger.run()))
+            if self.exchange is not None:
+                await self.exchange.warm_up()
+                self._tasks.add(group.create_task(self.exchange.keep_alive()))
+            await self._announce()
+            await self._sweep_safely()
+            self._tasks.add(group.create_task(self._sweep_for_ever()))
+            self._tasks.add(group.create_task(self._read_for_ever()))
+            ready()
+
+    async def stop(self, within_s: float) -> None:
+        """Read nothing more, and let what is being decided be committed, for at most `within_s`."""
+        self.stopping = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._workers:
+                    await asyncio.wait(self._workers)
+
+    def cancel(self) -> None:
+        """Cancel everything under way. To be repeated until it ends: a client may swallow one cancellation."""
+        for task in (*self._tasks, *self._workers, *([self._disarming] if self._disarming is not None else [])):
+            task.cancel()
+
+    # -- start ---------------------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        told = None
+        while True:
+            try:
+                await self.ledger.open()
+                return
+            except StoreError as error:
+                self.ledger.problem = str(error)
+                if str(error) != told:
+                    log.error("waiting for the event store", error=str(error))
+                    told = str(error)
+                self.beat("waiting for the event store")
+                await asyncio.sleep(1.0)
+
+    async def _announce(self) -> None:
+        loaded = SettingsLoaded(
+            digest=self.settings.digest,
+            settings=self.settings.texts,
+            limits=self.settings.symbol_texts,
+            version=VERSION,
+            host=socket.gethostname(),
+        )
+        await self.ledger.submit(lambda _state, _now: Proposal([loaded]))
+
+    # -- plans and results ---------------------------------------------------------------------------------------
+
+    async def _read_for_ever(self) -> None:
+        wait = 0.05
+        opened = False
+        while not self.stopping:
+            try:
+                if not opened:
+                    await self.intake.open()
+                    opened = self.following = True
+                await self._room.wait()
+                deliveries = await self.intake.read(count=READ_MOST, block_s=0.5)
+                wait = 0.05
+            except StoreError as error:
+                if self.following:
+                    log.error("lost the plan stream", error=str(error))
+                opened = self.following = False
+                await asyncio.sleep(wait)
+                wait = min(1.0, wait * 2)
+                continue
+            results = [d for d in deliveries if d.stream == self.keys.results]
+            for delivery in deliveries:
+                if delivery.stream == self.keys.plans:
+                    self._enqueue(delivery)
+            if results:
+                self._begin(self._settle_results(results), len(results))
+
+    def _enqueue(self, delivery: Delivery) -> None:
+        symbol = (delivery.fields or {}).get("symbol", "")
+        self._take_room(1)
+        queue = self._queues.get(symbol)
+        if queue is not None:
+            queue.append(delivery)
+            return
+        self._queues[symbol] = deque([delivery])
+        self._begin(self._decide_symbol(symbol), 0)
+
+    def _begin(self, work: Any, room: int) -> None:
+        self._take_room(room)
+        task = asyncio.get_running_loop().create_task(work)
+        self._workers.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._workers.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a worker failed", exc_info=error)
+
+    def _take_room(self, count: int) -> None:
+        self._waiting += count
+        if self._waiting >= WAITING_MOST:
+            self._room.clear()
+
+    def _give_room(self, count: int) -> None:
+        self._waiting -= count
+        if self._waiting < WAITING_MOST:
+            self._room.set()
+
+    async def _decide_symbol(self, symbol: str) -> None:
+        queue = self._queues[symbol]
+        market: tuple[Market, int] | None = None
+        failed: Exception | None = None
+        while queue:
+            run = [queue[i] for i in range(min(len(queue), RUN_MOST))]
+            if market is None and failed is None and self._asks_first(run[0]):
+                market = await self._ask(symbol)
+            proposals = [partial(self._propose, delivery, market if i == 0 else None, failed if i == 0 else None)
+                         for i, delivery in enumerate(run)]  # fmt: skip
+            try:
+                outcome = await self.ledger.submit(*proposals)
+            except Exception as error:  # noqa: BLE001 - whatever it was, it blocks this plan alone
+                outcome = Outcome([], error)
+            done = len(outcome.values)
+            for _ in range(done):
+                queue.popleft()
+            self._give_room(done)
+            if done:
+                market = failed = None
+            if isinstance(outcome.error, decider.MarketNeededError):
+                if not done and self.exchange is not None:
+                    market = await self._ask(symbol)
+            elif outcome.error is not None and queue:
+                log.error("evaluation failed", plan_id=_plan_id(queue[0]), exc_info=outcome.error)
+                if failed is not None:  # not even the blocking could be written: leave it pending, go on
+                    queue.popleft()
+                    self._give_room(1)
+                    failed = None
+                else:
+                    failed = outcome.error
+        del self._queues[symbol]
+
+    async def _ask(self, symbol: str) -> tuple[Market, int]:
+        asked = self.clock()
+        if self.exchange is None:
+            return Market(position_error="no_exchange", price_error="no_exchange"), asked
+        return await self.exchange.market(symbol), asked
+
+    def _asks_first(self, delivery: Delivery) -> bool:
+        if not self.policy.credentials or delivery.fields is None:
+            return False
+        try:
+            now = self.clock()
+            plan = self._parse(delivery, now)
+            return decider.must_ask(self.ledger.state, plan, self.policy, self._situation(now))
+        except MalformedPlanError:
+            return False
+
+    def _parse(self, delivery: Delivery, now: int) -> Plan:
+        return parse_plan(
+            delivery.fields or {}, entry_id=delivery.entry_id, now=now, needs_close_qty=not self.policy.credentials
+        )
+
+    def _situation(self, now: int) -> Situation:
+        halt = self.ledger.halted or self.note.path.exists()
+        return Situation(now=now, apply_mode=self.actuator.apply_mode(), halt=halt)
+
+    def _propose(
+        self,
+        delivery: Delivery,
+        market: tuple[Market, int] | None,
+        failed: Exception | None,
+        state: State,
+        now: int,
+    ) -> Proposal:
+        """What follows from one plan entry: its events and its acknowledgement, whatever it holds."""
+        acks = [Ack(delivery.stream, GROUP, delivery.entry_id)]
+        if delivery.fields is None:
+            return Proposal(decider.lose(state, (delivery.entry_id,), self.policy, now, count=1), acks=acks)
+        situation = self._situation(now)
+        fields = delivery.fields
+        try:
+            plan = self._parse(delivery, now)
+        except MalformedPlanError as problem:
+            rejected = decider.reject(state, problem, self.policy, situation, fields=fields, entry_id=delivery.entry_id)
+            return Proposal(rejected, acks=acks)
+        if failed is not None:
+            decided = decider.fail(
+                state, plan, self.policy, situation, fields=fields, error=repr(failed), settings=self.settings.digest
+            )
+            return Proposal(decided.events, acks=acks)
+        fresh = market is not None and now - market[1] <= MARKET_FRESH_US
+        decided = decider.decide(
+            state,
+            plan,
+            market[0] if market is not None and fresh else None,
+            self.policy,
+            situation,
+            fields=fields,
+            settings=self.settings.digest,
+        )
+        return Proposal(decided.events, acks=acks)
+
+    async def _settle_results(self, deliveries: list[Delivery]) -> None:
+        proposals = [partial(self._propose_result, delivery) for delivery in deliveries]
+        while proposals:
+            outcome = await self.ledger.submit(*proposals[:RUN_MOST])
+            done = len(outcome.values)
+            if outcome.error is not None:
+                log.error("a result could not be matched", exc_info=outcome.error)
+                done += 1
+            proposals = proposals[done:]
+            self._give_room(min(done, len(deliveries)))
+
+    def _propose_result(self, delivery: Delivery, state: State, now: int) -> Proposal:
+        acks = [Ack(delivery.stream, GROUP, delivery.entry_id)]
+        if delivery.fields is None:
+            return Proposal(acks=acks)
+        result = parse_result(delivery.fields, entry_id=delivery.entry_id)
+        events = decider.execution(state, result, self.policy, now, fields=delivery.fields)
+        return Proposal(events, acks=acks)
+
+    # -- what time and others bring ------------------------------------------------------------------------------
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await self._sweep_safely()
+            await asyncio.sleep(SWEEP_S)
+
+    async def _sweep_safely(self) -> None:
+        try:
+            await self._sweep()
+        except StoreError as error:
+            log.error("sweep failed", error=str(error))
+
+    async def _sweep(self) -> None:
+        await self.ledger.refresh()
+        await self._end_permits()
+        await self._end_throttle()
+        halt, state = await self.ledger.store.values(self.keys.halt, self.keys.state)
+        self.skew_s = (await self.ledger.store.clock() - self.clock()) / 1e6
+        if halt is not None:
+            self.ledger.halted = True
+            await self._brake(halt)
+        else:
+            self.ledger.halted = False
+        if state is None:
+            await self.ledger.store.write([views.state_write(self.ledger.state, self.keys)])
+        await self._take_note()
+        self._begin_disarm()
+
+    async def _end_permits(self) -> None:
+        now = self.clock()
+        due = [plan_id for plan_id, held in self.ledger.state.permits.items() if now >= held.expires_us - TAKE_BACK_US]
+        await asyncio.gather(*(self._end_permit(plan_id) for plan_id in due))
+
+    async def _end_permit(self, plan_id: str) -> None:
+        key = self.keys.permit(plan_id)
+        for gone in (False, True):
+            try:
+                await self.ledger.submit(partial(_take_back, plan_id, key, gone))
+                return
+            except RequirementError:
+                continue  # it was consumed: the same question the other way round
+
+    async def _end_throttle(self) -> None:
+        if decider.tick(self.ledger.state, self.clock()):
+            await self.ledger.submit(lambda state, now: Proposal(decider.tick(state, now)))
+
+    async def _brake(self, value: bytes) -> None:
+        reason, operator = brake_reason(value)
+        await self.ledger.submit(
+            lambda state, _now: Proposal(
+                decider.disarm_by_hand(state, reason=reason, operator=operator, apply_mode=self.actuator.apply_mode()),
+                writes=[Write("del", self.keys.halt)],
+            )
+        )
+
+    async def _take_note(self) -> None:
+        """A disarm that was done by hand while Redis was away becomes events now."""
+        pending = self.note.read_pending()
+        if pending is None:
+            return
+        await self.ledger.submit(
+            lambda state, _now: Proposal(
+                disarming.told_later(state, reason=pending.reason, operator=pending.operator, proof=pending.proof)
+            )
+        )
+        self.note.clear_pending()
+
+    def _begin_disarm(self) -> None:
+        if disarming.pending(self.ledger.state) is None:
+            self._disarm_due = 0.0
+        elif self._disarming is None and time.monotonic() >= self._disarm_due:
+            self._disarming = asyncio.get_running_loop().create_task(self._disarm())
+
+    async def _disarm(self) -> None:
+        try:
+            done = await disarming.carry_out(
+                self.ledger, self.actuator, submit=self.ledger.submit, refresh=self.ledger.refresh
+            )
+            if done is False:
+                disarm = self.ledger.state.mode.disarm
+                self._disarm_due = time.monotonic() + disarming.back_off(disarm.attempts if disarm is not None else 1)
+        except Exception:
+            log.exception("disarming failed in an unexpected way")
+            self._disarm_due = time.monotonic() + disarming.back_off(1)
+        finally:
+            self._disarming = None
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def observe(self, recorded: Recorded, state: State) -> None:
+        """Told of every event once it is folded."""
+        if self.metrics is not None:
+            self.metrics.observe(recorded, self.clock())
+        event = recorded.event
+        match event:
+            case Decision():
+                log.info(
+                    "decided", plan_id=event.plan_id, symbol=event.symbol, action=event.action, verdict=event.verdict,
+                    reason=event.reason, computed_qty=event.computed_qty, computed_notional=event.computed_notional,
+                    seq=recorded.seq,
+                )  # fmt: skip
+            case _ if event.NAME in _TOLD:
+                level = log.warning if event.NAME in _LOUD else log.info
+                level(event.NAME.lower(), seq=recorded.seq, **_details(event))
+        if state.mode.state == DISARMED and event.NAME == "DISARM_STARTED":
+            self._begin_disarm()
+
+    def beat(self, status: str | None = None) -> None:
+        """Tell systemd and the metrics that the evaluation loop went round."""
+        self.loop_at = self.clock()
+        mode = self.ledger.state.mode
+        text = status or f"{mode.state} epoch={mode.epoch}" + (f" reason={mode.reason}" if mode.reason else "")
+        if self.ledger.problem is not None and status is None:
+            text += f"; {self.ledger.problem}"
+        if text != self._told[0] or time.monotonic() - self._told[1] >= BEAT_S:
+            self._told = (text, time.monotonic())
+            self.notifier.send(WATCHDOG="1", STATUS=text)
+
+    def ready(self) -> tuple[bool, dict[str, Any]]:
+        """Whether plans are being decided, and why not."""
+        mode = self.ledger.state.mode
+        problems = [
+            p for p in (self.ledger.problem, None if self.following else "the plan stream is not followed") if p
+        ]
+        notes = []
+        if abs(self.skew_s) > CLOCK_OFF_S:
+            notes.append(f"this clock is {abs(self.skew_s):.1f} s {'behind' if self.skew_s > 0 else 'ahead of'} Redis'")
+        content = {
+            "ready": not problems,
+            "problems": problems,
+            "notes": notes,
+            "state": mode.state,
+            "reason": mode.reason,
+            "epoch": mode.epoch,
+            "disarm_pending": disarming.pending(self.ledger.state) is not None,
+            "halted": self.ledger.halted,
+        }
+        return not problems, content
+
+    def snapshot(self) -> Snapshot:
+        """The gauges' values now."""
+        state, now = self.ledger.state, self.clock()
+        rows, left = snapshot_symbols(state, self.policy, now, self.settings.symbol_labels)
+        oldest = min((queue[0].entry_id for queue in self._queues.values() if queue), default=None, key=_entry_ms)
+        limit = self.policy.total_notional_per_day
+        at = max(now, state.time)
+        return Snapshot(
+            state=state.mode.state,
+            epoch=state.mode.epoch,
+            outstanding=len(state.permits),
+            disarm_pending=disarming.pending(state) is not None,
+            total_notional=float(totals.on(state.days, at // 86_400_000_000).notional),
+            total_limit=None if limit is None else float(limit),
+            symbols=rows,
+            truncated=left,
+            plan_lag=max(0.0, now / 1e6 - _entry_ms(oldest) / 1e3) if oldest else 0.0,
+            events=state.seq,
+            conflicts=self.ledger.conflicts,
+            errors=errors.count(state.errors, now=at, window=self.policy.error_window_us),
+            exchange_weight=self.exchange.weight_used if self.exchange is not None else 0,
+            exchange_weight_limit=self.exchange.weight_limit if self.exchange is not None else 0,
+            store_up=self.ledger.problem is None,
+            loop_at=self.loop_at / 1e6,
+            inflight=self._waiting,
+            apply_dry_run=self.actuator.apply_mode() == decider.DRY_RUN,
+        )
+
+
+_TOLD = frozenset(
+    {
+        "PLAN_REJECTED", "PLAN_LOST", "PERMIT_CONSUMED", "PERMIT_EXPIRED", "PERMIT_REVOKED", "EXECUTION",
+        "UNPERMITTED_EXECUTION", "ERROR_RECORDED", "THROTTLED", "RECOVERED", "DISARM_STARTED", "REARMED",
+    }
+)  # fmt: skip
+_LOUD = frozenset(
+    {"PLAN_REJECTED", "PLAN_LOST", "UNPERMITTED_EXECUTION", "ERROR_RECORDED", "THROTTLED", "DISARM_STARTED"}
+)
+
+
+def _details(event: Event) -> dict[str, Any]:
+    names = (
+        "plan_id",
+        "symbol",
+        "reason",
+        "kind",
+        "detail",
+        "source",
+        "permit",
+        "executed",
+        "epoch",
+        "operator",
+        "count",
+    )
+    return {name: getattr(event, name) for name in names if getattr(event, name, None) is not None}
+
+
+def _take_back(plan_id: str, key: str, gone: bool, state: State, now: int) -> Proposal:  # noqa: FBT001
+    events = decider.take_back(state, plan_id, gone=gone, now=now)
+    return Proposal(events, requires=[Require(key, present=not gone)] if events else [])
+
+
+def brake_reason(value: bytes) -> tuple[str, str]:
+    """Reason and operator of an emergency brake: what a person wrote, or what `governor disarm` did."""
+    text = value.decode(errors="replace")
+    try:
+        told = json.loads(text)
+        return str(told["reason"])[:500], str(told["operator"])[:64]
+    except (ValueError, KeyError, TypeError):
+        return text[:500] or "emergency brake", "redis"
+
+
+def _plan_id(delivery: Delivery) -> str:
+    return (delivery.fields or {}).get("plan_id", "?")[:128]
+
+
+def _entry_ms(entry_id: str) -> int:
+    return int(entry_id.partition("-")[0])
