@@ -77,8 +77,6 @@ class Intake:
             )
         except redis.exceptions.ResponseError as error:
             raise StoreError(str(error)) from error
-        except StoreError:
-            raise
         except Exception as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
 

@@ -136,22 +136,19 @@ async def _without_redis(
     note = PendingNote(settings.apply_config_path)
     told: dict[str, Any] = {"state": None, "epoch": None, "reason": reason, "operator": operator, "code": 4}
     proof: Proof | None = None
-    problem = ""
+    problem = kept = ""
     try:
-        with actuator.locked() as taken:
-            if not taken:
-                problem = "another disarm is at the file right now"
-            else:
+        async with _lock(actuator):
+            try:
                 proof = await asyncio.to_thread(actuator.force_dry_run)
+            except (ActuatorError, OSError) as failed:
+                problem = str(failed)
+            context = {"operator": operator}
+            note.write_pending(reason=reason, operator=operator, context=context, timestamp_us=now(), proof=proof)
+            kept = "It becomes an event as soon as the daemon reaches Redis."
     except (ActuatorError, OSError) as failed:
-        problem = str(failed)
-    try:
-        note.write_pending(
-            reason=reason, operator=operator, context={"operator": operator}, timestamp_us=now(), proof=proof
-        )
-        kept = "It becomes an event as soon as the daemon reaches Redis."
-    except OSError as failed:
-        kept = f"It could not be noted for later either: {failed}."
+        problem = problem or str(failed)
+        kept = f"It could not be noted for later: {failed}."
     if proof is None:
         message = (
             f"Redis is not reachable ({error}) AND THE APPLY LAYER COULD NOT BE FORCED TO DRY RUN: {problem}. {kept}"
@@ -159,6 +156,20 @@ async def _without_redis(
     else:
         message = f"The Apply Layer is in dry run, restarted and verified. Redis is not reachable ({error}). {kept}"
     return told | {"done": proof is not None, "message": message}
+
+
+@asynccontextmanager
+async def _lock(actuator: Actuator) -> AsyncIterator[None]:
+    """Wait for the lock beside the file: somebody who holds it is disarming as well."""
+    until = time.monotonic() + WAIT_S
+    while True:
+        with actuator.locked() as taken:
+            if taken:
+                yield
+                return
+        if time.monotonic() >= until:
+            raise OSError("another disarm holds the lock beside the file")
+        await asyncio.sleep(0.1)
 
 
 def _actuator(settings: Settings) -> Actuator:

@@ -54,11 +54,12 @@ def run() -> None:
 
 @main.command()
 @click.option("--seconds", type=click.FloatRange(min=1), help="Run without the live view for so long, then sum up.")
+@click.option("--speed", type=click.FloatRange(1, 10), default=1.0, show_default=True, help="Tell the story faster.")
 @click.option("--var", "directory", default="var", show_default=True, help="Where the demo keeps its data.")
 @click.option("--port", type=int, default=0, help="Port of the embedded server; a free one by default.")
 @click.option("--svg", type=click.Path(dir_okay=False, writable=True), help="Keep a picture of the live view.")
 @json_option
-def demo(seconds: float | None, directory: str, port: int, svg: str | None, *, as_json: bool) -> None:
+def demo(*, seconds: float | None, speed: float, directory: str, port: int, svg: str | None, as_json: bool) -> None:
     """Everything on an embedded server, with a simulated exchange and Apply Layer.
 
     The daemon is the real one, as a process of its own. Within a minute: permits, blocks with their reasons, an
@@ -68,7 +69,8 @@ def demo(seconds: float | None, directory: str, port: int, svg: str | None, *, a
         from governor import demo as the_demo  # noqa: PLC0415
     except ImportError as error:
         _fail(f"the demo needs the extra packages: pip install 'quantum-governor[demo]' ({error})", FAILED)
-    sys.exit(the_demo.main(directory=directory, port=port, seconds=seconds, svg=svg, as_json=as_json))
+    code = the_demo.main(directory=directory, port=port, seconds=seconds, speed=speed, svg=svg, as_json=as_json)
+    sys.exit(code)
 
 
 @main.command(epilog=CODES)

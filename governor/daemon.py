@@ -93,8 +93,14 @@ async def serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    log.info("starting", version=VERSION, settings=settings.digest, redis=f"{settings.redis_host}:{settings.redis_port}",
-             exchange=settings.base_url if exchange is not None else None, metrics_port=http.port)  # fmt: skip
+    log.info(
+        "starting",
+        version=VERSION,
+        settings=settings.digest,
+        redis=f"{settings.redis_host}:{settings.redis_port}",
+        exchange=settings.base_url if exchange is not None else None,
+        metrics_port=http.port,
+    )
     try:
         await _refuse_plain_prefix_on_cluster(commits, settings)
         running = loop.create_task(governor.run(ready=lambda: _ready(notifier)))

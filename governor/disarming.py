@@ -49,24 +49,27 @@ async def carry_out(
     Returns:
         True when it is done (by anyone), False when it failed, None when somebody else is at it.
     """
-    with actuator.locked() as taken:
-        if not taken:
-            return None
-        await refresh()
+    try:
+        with actuator.locked() as taken:
+            if not taken:
+                return None
+            await refresh()
+            disarm = pending(ledger.state)
+            if disarm is None:
+                return True
+            proof = msgspec.to_builtins(await asyncio.to_thread(actuator.force_dry_run))
+            await submit(_only_while_pending(disarm.epoch, proven(disarm, proof)))
+    except (ActuatorError, OSError) as error:
         disarm = pending(ledger.state)
         if disarm is None:
             return True
-        try:
-            proof = msgspec.to_builtins(await asyncio.to_thread(actuator.force_dry_run))
-        except (ActuatorError, OSError) as error:
-            step = error.step if isinstance(error, ActuatorError) else "unexpected"
-            log.error("disarm failed", reason=disarm.reason, epoch=disarm.epoch, step=step, error=str(error))
-            failed = DisarmFailed(epoch=disarm.epoch, attempt=disarm.attempts + 1, step=step, error=str(error)[:500])
-            await submit(_only_while_pending(disarm.epoch, failed))
-            return False
-        await submit(_only_while_pending(disarm.epoch, proven(disarm, proof)))
-        log.warning("disarmed", reason=disarm.reason, epoch=disarm.epoch, action_taken=ACTION_TAKEN, **_short(proof))
-        return True
+        step = error.step if isinstance(error, ActuatorError) else "unexpected"
+        log.error("disarm failed", reason=disarm.reason, epoch=disarm.epoch, step=step, error=str(error))
+        failed = DisarmFailed(epoch=disarm.epoch, attempt=disarm.attempts + 1, step=step, error=str(error)[:500])
+        await submit(_only_while_pending(disarm.epoch, failed))
+        return False
+    log.warning("disarmed", reason=disarm.reason, epoch=disarm.epoch, action_taken=ACTION_TAKEN, **_short(proof))
+    return True
 
 
 def proven(disarm: Disarm, proof: dict[str, Any]) -> Event:

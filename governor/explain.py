@@ -74,8 +74,9 @@ def lines(told: dict[str, Any]) -> list[str]:
                      f"decision={fields.get('decision')} kill_score={fields.get('kill_score')}")  # fmt: skip
     if decision is not None:
         if market["asked"]:
-            found.append(f"  exchange   position {market['position_amt'] if market['legs'] is not None else market['position_error']}"
-                         f"  mark price {market['mark_price'] or market['price_error']}")  # fmt: skip
+            position = market["position_amt"] if market["legs"] is not None else market["position_error"]
+            price = market["mark_price"] or market["price_error"]
+            found.append(f"  exchange   position {position}  mark price {price}")
         else:
             found.append("  exchange   not asked")
         for check in decision["checks"]:

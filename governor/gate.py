@@ -242,9 +242,7 @@ _AS_BYTES: Final = {"NEVER_DECODE": True}
 class _Ask:
     """One question to the script: its command, and how its reply reads."""
 
-    def __init__(
-        self, prefix: str, plan_id: str, symbol: str | None, mode: Literal["consume", "peek"]
-    ) -> None:
+    def __init__(self, prefix: str, plan_id: str, symbol: str | None, mode: Literal["consume", "peek"]) -> None:
         self._plan_id = plan_id
         self._symbol = symbol
         # Only a peek may leave the symbol open: a consume that was handed None must not take just any permit.

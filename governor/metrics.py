@@ -71,11 +71,11 @@ class Snapshot(NamedTuple):
 
 
 def snapshot_symbols(state: State, policy: Policy, now: int, most: int) -> tuple[tuple[SymbolRow, ...], int]:
-    """Rows of the symbols with something counted, at most `most`, and how many were left out."""
+    """Rows of the symbols with something counted, the last active first, at most `most`; and how many are left out."""
     day, left = day_of(max(now, state.time)), 0
     rows: list[SymbolRow] = []
     at = max(now, state.time)
-    for symbol, book in state.books.items():
+    for symbol, book in reversed(list(state.books.items())):
         if len(rows) >= most:
             left += 1
             continue

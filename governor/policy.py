@@ -67,21 +67,17 @@ def whole(low: int, high: int, *, off: bool = False) -> Callable[[str], int | No
     return read
 
 
-def amount(*, off: bool = True) -> Callable[[str], Decimal | None]:
-    """Reader of a number of at least zero, or `off` where that is allowed."""
-
-    def read(value: str) -> Decimal | None:
-        if off and value == OFF:
-            return None
-        try:
-            number = parse(value)
-        except ValueError:
-            number = Decimal(-1)
-        if number < 0:
-            raise ValueError("a number of at least 0" + (" or off" if off else ""))
-        return number
-
-    return read
+def amount(value: str) -> Decimal | None:
+    """Reader of a number of at least zero, or `off`."""
+    if value == OFF:
+        return None
+    try:
+        number = parse(value)
+    except ValueError:
+        number = Decimal(-1)
+    if number < 0:
+        raise ValueError("a number of at least 0 or off")
+    return number
 
 
 def seconds(low: str, high: str, *, off: bool = False) -> Callable[[str], int | None]:
@@ -124,14 +120,14 @@ def optional_amount(value: str) -> Decimal | None:
 SYMBOL_NAMES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "GOV_MAX_EXEC_PER_HOUR": ("per_hour", whole(0, 100_000, off=True)),
     "GOV_MAX_EXEC_PER_5MIN": ("per_5min", whole(0, 100_000, off=True)),
-    "GOV_MAX_REDUCE_NOTIONAL_PER_DAY_USD": ("notional_per_day", amount()),
-    "GOV_MAX_REDUCE_QTY_PER_DAY": ("qty_per_day", amount()),
+    "GOV_MAX_REDUCE_NOTIONAL_PER_DAY_USD": ("notional_per_day", amount),
+    "GOV_MAX_REDUCE_QTY_PER_DAY": ("qty_per_day", amount),
 }
 """Variable to field and reader, for limits that a symbol can have of its own."""
 
 NAMES: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "GOV_MAX_TOTAL_NOTIONAL_PER_DAY_USD": ("total_notional_per_day", amount()),
-    "GOV_KILL_SCORE_CRITICAL": ("kill_score_critical", amount()),
+    "GOV_MAX_TOTAL_NOTIONAL_PER_DAY_USD": ("total_notional_per_day", amount),
+    "GOV_KILL_SCORE_CRITICAL": ("kill_score_critical", amount),
     "GOV_MAX_PLAN_AGE_SEC": ("max_plan_age_us", seconds("0", "86400", off=True)),
     "GOV_PERMIT_TTL_SEC": ("permit_ttl_us", seconds("2", "3600")),
     "GOV_FALLBACK_QTY": ("fallback_qty", optional_amount),

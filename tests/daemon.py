@@ -126,7 +126,9 @@ class Daemon:
 
 
 @contextmanager
-def daemon(home: Path, *, port: int, base_url: str | None = None, ready: bool = True, **environ: str) -> Iterator[Daemon]:
+def daemon(
+    home: Path, *, port: int, base_url: str | None = None, ready: bool = True, **environ: str
+) -> Iterator[Daemon]:
     """A running daemon, killed at the end if it is still there."""
     one = Daemon(home, port=port, base_url=base_url, **environ)
     try:

@@ -182,9 +182,7 @@ def test_an_entry_that_is_no_utf8_and_one_with_no_fields_of_ours_do_not_stop_the
 def test_an_unused_permit_is_taken_back_and_a_used_one_is_seen(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(
-        tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS, GOV_PERMIT_TTL_SEC="2"
-    ) as one:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS, GOV_PERMIT_TTL_SEC="2") as one:
         publish(client, "left", "BTCUSDT")
         publish(client, "used", "ETHUSDT")
         PermitGate(client).consume("used", symbol="ETHUSDT")
@@ -255,9 +253,7 @@ def test_a_disarm_by_hand_works_without_a_daemon(flushed: RedisServer, client: r
         assert client.get("quantum:governor:halt") is None
 
 
-def test_a_disarm_by_hand_works_without_redis_and_becomes_events_later(
-    new_server: NewServer, tmp_path: Path
-) -> None:
+def test_a_disarm_by_hand_works_without_redis_and_becomes_events_later(new_server: NewServer, tmp_path: Path) -> None:
     own_server = new_server("valkey", appendonly=True)
     with daemon(tmp_path, port=own_server.port) as one:
         own_server.kill()

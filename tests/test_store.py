@@ -167,9 +167,10 @@ class OnServer:
             match kind:
                 case b"stream":
                     groups = await self.redis.xinfo_groups(key)
-                    content = await self.redis.xrange(key), [
-                        await self.redis.xpending_range(key, group["name"], "-", "+", 1000) for group in groups
-                    ]
+                    content = (
+                        await self.redis.xrange(key),
+                        [await self.redis.xpending_range(key, group["name"], "-", "+", 1000) for group in groups],
+                    )
                     # How long ago something was delivered goes on by itself.
                     for rows in content[1]:
                         for row in rows:
@@ -720,7 +721,9 @@ async def test_fifty_committers_that_try_again_make_one_history_without_a_gap(pl
                 head = conflict.actual
 
     async with asyncio.timeout(20):
-        await asyncio.gather(*(insist(each, str(n)) for each, n in zip(itertools.cycle(stores), range(50), strict=False)))
+        await asyncio.gather(
+            *(insist(each, str(n)) for each, n in zip(itertools.cycle(stores), range(50), strict=False))
+        )
     entries = await place.store.read(0)
     assert [entry.seq for entry in entries] == list(range(1, 101))
     assert entries[0::2] != entries[1::2]

@@ -39,9 +39,11 @@ class Stage:
     Args:
         home: directory of this run; data, logs and the Apply Layer's file are kept there.
         port: of the server; 0 takes a free one.
+        speed: how much faster than told everything happens.
     """
 
-    def __init__(self, home: Path, *, port: int) -> None:
+    def __init__(self, home: Path, *, port: int, speed: float) -> None:
+        self.speed = speed
         self.home = home
         self.config = home / "apply-layer.env"
         self.restarts = 0
@@ -55,7 +57,7 @@ class Stage:
         (self.home / "bin").mkdir(parents=True)
         server = ValkeyServer(
             port=self._wanted_port, data_dir=self.home / "valkey", persist=True, appendonly="yes",
-            appendfsync="everysec", maxmemory_policy="noeviction",
+            appendfsync="everysec",
         )  # fmt: skip
         async with contextlib.AsyncExitStack() as stack:
             await asyncio.to_thread(server.start)
@@ -92,8 +94,8 @@ class Stage:
             "APPLY_CONFIG_PATH": str(self.config.resolve()),
             "APPLY_SERVICE": SERVICE,
             "METRICS_PORT": "0",
-            "GOV_PERMIT_TTL_SEC": "12",
-            "GOV_THROTTLE_COOLDOWN_SEC": "10",
+            "GOV_PERMIT_TTL_SEC": f"{max(2.0, 12 / self.speed):.3f}",
+            "GOV_THROTTLE_COOLDOWN_SEC": f"{max(1.0, 10 / self.speed):.3f}",
             "GOV_MAX_REDUCE_QTY_PER_DAY": "off",
             "GOV_LOG_FORMAT": "json",
         }

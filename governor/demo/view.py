@@ -20,8 +20,8 @@ from projections.state import State
 COLOURS = {"ARMED": "green", "THROTTLED": "yellow", "DISARMED": "red"}
 ICONS = {"ARMED": "●", "THROTTLED": "◐", "DISARMED": "■"}
 _ALWAYS = (
-    "DISARM_STARTED", "AUTO_DISARM", "MANUAL_DISARM", "DISARM_FAILED", "REARMED", "THROTTLED", "RECOVERED", "PLAN_REJECTED",
-    "PERMIT_EXPIRED", "PERMIT_CONSUMED", "PERMIT_REVOKED", "UNPERMITTED_EXECUTION",
+    "DISARM_STARTED", "AUTO_DISARM", "MANUAL_DISARM", "DISARM_FAILED", "REARMED", "THROTTLED", "RECOVERED",
+    "PLAN_REJECTED", "PERMIT_EXPIRED", "PERMIT_CONSUMED", "PERMIT_REVOKED", "UNPERMITTED_EXECUTION",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ class View:
 
     def _line(self, time: str, word: str, rest: str, colour: str) -> None:
         self._events.append(
-            Text.assemble((f"{time} ", "dim"), (f"{word:<16}", f"bold {colour}"), rest, overflow="ellipsis")
+            Text.assemble((f"{time} ", "dim"), (f"{word:<22}", f"bold {colour}"), rest, overflow="ellipsis")
         )
 
     def render(self, state: State, policy: Policy, now: int, *, apply_mode: str | None) -> RenderableType:

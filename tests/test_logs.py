@@ -1,0 +1,162 @@
+import datetime as dt
+import json
+import logging
+import os
+import pty
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from governor import logs
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    levels = {name: logging.getLogger(name).level for name in ("httpx", "httpcore", "transitions")}
+    yield
+    structlog.reset_defaults()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A terminal as standard error; what was written to it is told at the end."""
+    outside, inside = pty.openpty()
+    written: list[str] = []
+    with os.fdopen(inside, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        yield written
+        stream.flush()
+        written.append(os.read(outside, 65536).decode())
+    os.close(outside)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    out, err = capsys.readouterr()
+    assert out == ""
+    return [json.loads(line) for line in err.splitlines()]
+
+
+@pytest.mark.parametrize("log_format", ["json", ""])
+def test_where_nobody_watches_every_line_is_json_on_standard_error(
+    log_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(log_format=log_format, level="INFO")
+    log = structlog.get_logger("governor")
+    log.info("ready", port=8044, amount=Decimal("0.015"), path=Path("/x"), text="ü\n\x00", nothing=None)
+    log.warning("throttled", symbol="BTCUSDT")
+    first, second = lines(capsys)
+    assert dt.datetime.fromisoformat(first.pop("timestamp")).tzinfo == dt.UTC
+    assert first == {
+        "event": "ready",
+        "level": "info",
+        "port": 8044,
+        "amount": "0.015",
+        "path": "/x",
+        "text": "ü\n\x00",
+        "nothing": None,
+    }
+    assert (second["event"], second["level"], second["symbol"]) == ("throttled", "warning", "BTCUSDT")
+
+
+def test_an_exception_is_one_line_of_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(log_format="json", level="INFO")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        structlog.get_logger().exception("evaluation failed")
+    (line,) = lines(capsys)
+    assert line["level"] == "error"
+    assert "ValueError: two\nlines" in line["exception"]
+
+
+@pytest.mark.parametrize(
+    ("level", "seen"),
+    [
+        ("DEBUG", ["debug", "info", "warning", "error"]),
+        ("INFO", ["info", "warning", "error"]),
+        ("WARNING", ["warning", "error"]),
+        ("ERROR", ["error"]),
+    ],
+)
+def test_what_is_below_the_level_is_not_written(
+    level: str, seen: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(log_format="json", level=level)
+    log = structlog.get_logger()
+    for name in ("debug", "info", "warning", "error"):
+        getattr(log, name)("x")
+    assert [line["level"] for line in lines(capsys)] == seen
+
+
+def test_configuring_again_takes_effect_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    log = structlog.get_logger("governor")
+    logs.configure(log_format="json", level="ERROR")
+    log.info("not seen")
+    logs.configure(log_format="json", level="INFO")
+    log.info("seen")
+    assert [line["event"] for line in lines(capsys)] == ["seen"]
+
+
+def test_on_a_terminal_lines_are_for_people_and_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with terminal(monkeypatch) as written:
+        logs.configure(log_format="", level="INFO")
+        structlog.get_logger().info("ready", port=8044)
+    assert "ready" in written[0]
+    assert "\x1b[" in written[0]
+    assert "{" not in written[0]
+
+
+def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    with terminal(monkeypatch) as written:
+        logs.configure(log_format="", level="INFO")
+        structlog.get_logger().warning("throttled", symbol="BTCUSDT")
+    assert "symbol=BTCUSDT" in written[0]
+    assert "\x1b[" not in written[0]
+
+
+def test_json_may_be_asked_for_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        logs.configure(log_format="json", level="INFO")
+        structlog.get_logger().info("ready")
+    assert json.loads(written[0])["event"] == "ready"
+
+
+def test_console_may_be_asked_for_without_a_terminal_and_has_no_colour(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(log_format="console", level="INFO")
+    structlog.get_logger().info("ready", port=8044)
+    _, err = capsys.readouterr()
+    assert "port=8044" in err
+    assert "\x1b[" not in err
+
+
+def test_an_exception_on_a_terminal_shows_no_values_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        logs.configure(log_format="", level="INFO")
+        _fail("hunter" + "2")
+    assert "RuntimeError" in written[0]
+    assert "hunter2" not in written[0]
+
+
+def _fail(api_secret: str) -> None:
+    try:
+        raise RuntimeError(f"{len(api_secret)} characters")
+    except RuntimeError:
+        structlog.get_logger().exception("failed")
+
+
+@pytest.mark.parametrize("name", ["httpx", "httpcore", "transitions"])
+def test_libraries_that_write_every_url_are_quiet(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    logs.configure(log_format="json", level="DEBUG")
+    logging.getLogger(name).info("HTTP Request: GET https://x/?signature=abc")
+    logging.getLogger(name).warning("told")
+    assert caplog.messages == ["told"]
