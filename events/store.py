@@ -40,6 +40,7 @@ _SCRIPT = (Path(__file__).parent / "commit.lua").read_text()
 
 _REFUSALS = (
     "NOREPLICAS", "MISCONF", "READONLY", "OOM ", "NOPERM", "ACL failure", "WRONGTYPE", "CLUSTERDOWN", "CROSSSLOT",
+    "equal or smaller",
 )  # fmt: skip
 _REFUSED = (
     redis.exceptions.OutOfMemoryError,

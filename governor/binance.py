@@ -51,12 +51,12 @@ from governor.binance_wire import (
     PositionRow,
     Route,
     Weight,
-    check_base_url,
     mark_price,
     position_legs,
     sign,
     signer,
 )
+from governor.hosts import check_base_url
 from governor.market import Market
 
 __all__ = ["DEFAULT_BASE_URL", "ERROR_KINDS", "Binance", "ExchangeError", "check_base_url", "sign"]

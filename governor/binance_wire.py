@@ -8,61 +8,22 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from ipaddress import ip_address
 from typing import Generic, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
 from events import decimals
 from governor.binance_errors import ExchangeError
+from governor.hosts import TESTNET
 from governor.market import LEGS
 
 T = TypeVar("T")
 
-DEFAULT_BASE_URL = "https://testnet.binancefuture.com"
-TEST_HOSTS = ("testnet.binancefuture.com", "demo-fapi.binance.com")
-MAINNET_HOST = "fapi.binance.com"
+DEFAULT_BASE_URL = TESTNET
 
 WEIGHT_LIMIT = 2400
 """Per minute and address on mainnet; the testnet allows more."""
 WEIGHT_BUDGET = WEIGHT_LIMIT // 2
-
-
-def check_base_url(url: str, *, allow_mainnet: bool) -> str:
-    """Check the exchange's address against the hosts that are allowed.
-
-    Returns:
-        `scheme://host[:port]`, lower case, without a trailing slash.
-
-    Raises:
-        ValueError: names the value and what is allowed.
-    """
-    shown = re.sub(r"//[^/]*@", "//***@", re.split(r"[?#]", url)[0])[:100]
-    allowed = f"https://{', https://'.join(TEST_HOSTS)} or a loopback address"
-    try:
-        parts = urlsplit(url.strip())
-        host, port = (parts.hostname or "").lower(), parts.port
-    except ValueError:
-        raise ValueError(f"{shown!r} is no URL; allowed: {allowed}") from None
-    clean = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username or parts.password)
-    if clean and parts.scheme in ("http", "https") and _is_loopback(host):
-        name = f"[{host}]" if ":" in host else host
-        return f"{parts.scheme}://{name}" + (f":{port}" if port else "")
-    if clean and parts.scheme == "https" and port in (None, 443):
-        if host in TEST_HOSTS or (host == MAINNET_HOST and allow_mainnet):
-            return f"https://{host}"
-        if host == MAINNET_HOST:
-            raise ValueError(f"{shown!r} is the mainnet, which needs GOV_ALLOW_MAINNET=true; allowed: {allowed}")
-    mainnet = f", https://{MAINNET_HOST}" if allow_mainnet else ""
-    raise ValueError(f"{shown!r} is not allowed; allowed: {allowed}{mainnet}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def sign(secret: str, payload: str) -> str:

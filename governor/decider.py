@@ -109,7 +109,7 @@ def decide(
         fields=kept,
         truncated=truncated,
     )
-    known = state.plan(plan.plan_id)
+    known = state.plan(plan.plan_id, now=situation.now)
     if not plan.execute or (known is not None and known.decided):
         why = "duplicate_plan" if plan.execute else "not_execute"
         decision = _decision(case(plan, policy, state, None, situation), "SKIP", why, settings)
@@ -125,7 +125,7 @@ def decide(
 
 def must_ask(state: State, plan: Plan, policy: Policy, situation: Situation) -> bool:
     """Whether deciding this plan now needs the exchange."""
-    known = state.plan(plan.plan_id)
+    known = state.plan(plan.plan_id, now=situation.now)
     if not plan.execute or (known is not None and known.decided) or state.entries.get(plan.entry_id) is not None:
         return False
     state, _ = _caught_up(state, situation.now)
@@ -148,7 +148,7 @@ def fail(
         fields=kept,
         truncated=truncated,
     )
-    known = state.plan(plan.plan_id)
+    known = state.plan(plan.plan_id, now=situation.now)
     verdict = "BLOCK" if plan.execute and not (known is not None and known.decided) else "SKIP"
     decision = Decision(
         plan_id=plan.plan_id,
@@ -222,7 +222,7 @@ def execution(state: State, result: Result, policy: Policy, now: int, *, fields:
     """A result, matched to its permit."""
     if not result.matters or state.results.get(result.entry_id) is not None:
         return ()
-    plan = state.plan(result.plan_id)
+    plan = state.plan(result.plan_id, now=now)
     permit, symbol = (plan.permit, plan.symbol) if plan is not None else ("unknown", result.symbol)
     again = result.executed and permit == "expired"
     kept, _ = cut(fields, REJECTED_BYTES)

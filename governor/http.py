@@ -6,6 +6,7 @@ scrape never holds up a permit.
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from socketserver import ThreadingMixIn
@@ -21,6 +22,10 @@ Answer = tuple[bool, dict[str, Any]]
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Quiet(WSGIRequestHandler):
@@ -56,7 +61,7 @@ class HttpServer:
             "/healthz": lambda: _answer(healthy()),
             "/readyz": lambda: _answer(ready()),
         }
-        self._server = make_server(host, port, self._app, _Server, _Quiet)
+        self._server = make_server(host, port, self._app, _Server6 if ":" in host else _Server, _Quiet)
         self.port: int = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
         self._thread.start()

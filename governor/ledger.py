@@ -280,7 +280,8 @@ class Ledger:
                 await asyncio.shield(self.store.commit(commit))
             except RequirementError as unmet:
                 owner = owners[unmet.index]
-                owner.done.set_exception(unmet)
+                if not owner.done.done():
+                    owner.done.set_exception(unmet)
                 return [item for item in batch if item is not owner]
         for recorded_event in written:
             self._fold(recorded_event)

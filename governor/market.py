@@ -40,10 +40,10 @@ def position_amt(legs: dict[str, Decimal], side: str | None) -> Decimal:
     if side in (None, "BOTH"):
         size = ZERO
         for amount in legs.values():
-            size = total(size, abs(amount))
+            size = total(size, amount.copy_abs())
         return size
     if side in legs:
-        return abs(legs[side])
+        return legs[side].copy_abs()
     both = legs.get("BOTH", Decimal(0))
     held = "LONG" if both > 0 else "SHORT"
-    return abs(both) if held == side else Decimal(0)
+    return both.copy_abs() if held == side else Decimal(0)

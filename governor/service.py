@@ -136,12 +136,12 @@ class Governor:
             ready()
 
     async def stop(self, within_s: float) -> None:
-        """Read nothing more, and let what is being decided be committed, for at most `within_s`."""
+        """Read nothing more; let what is being decided be committed and a disarm be proven, within `within_s`."""
         self.stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self._workers:
-                    await asyncio.wait(self._workers)
+                while busy := {*self._workers, *([self._disarming] if self._disarming is not None else [])}:
+                    await asyncio.wait(busy)
 
     def cancel(self) -> None:
         """Cancel everything under way. To be repeated until it ends: a client may swallow one cancellation."""
@@ -236,14 +236,15 @@ class Governor:
         queue = self._queues[symbol]
         market: tuple[Market, int] | None = None
         failed: Exception | None = None
+        ask = False
         while queue:
             run = [queue[i] for i in range(min(len(queue), RUN_MOST))]
-            if market is None and failed is None and self._asks_first(run[0]):
-                market = await self._ask(symbol)
-            proposals = [partial(self._propose, delivery, market if i == 0 else None, failed if i == 0 else None)
-                         for i, delivery in enumerate(run)]  # fmt: skip
             try:
-                outcome = await self.ledger.submit(*proposals)
+                if market is None and failed is None and (ask or self._asks_first(run[0])):
+                    market = await self._ask(symbol)
+                first = partial(self._propose, run[0], market, failed)
+                rest = (partial(self._propose, delivery, None, None) for delivery in run[1:])
+                outcome = await self.ledger.submit(first, *rest)
             except Exception as error:  # noqa: BLE001 - whatever it was, it blocks this plan alone
                 outcome = Outcome([], error)
             done = len(outcome.values)
@@ -252,18 +253,21 @@ class Governor:
             self._give_room(done)
             if done:
                 market = failed = None
-            if isinstance(outcome.error, decider.MarketNeededError):
-                if not done and self.exchange is not None:
-                    market = await self._ask(symbol)
-            elif outcome.error is not None and queue:
-                log.error("evaluation failed", plan_id=_plan_id(queue[0]), exc_info=outcome.error)
-                if failed is not None:  # not even the blocking could be written: leave it pending, go on
-                    queue.popleft()
-                    self._give_room(1)
-                    failed = None
-                else:
-                    failed = outcome.error
+            ask = isinstance(outcome.error, decider.MarketNeededError) and not done
+            if ask:
+                market = None
+            elif outcome.error is not None and not isinstance(outcome.error, decider.MarketNeededError):
+                failed = self._after_failure(queue, outcome.error, failed if not done else None)
         del self._queues[symbol]
+
+    def _after_failure(self, queue: deque[Delivery], error: Exception, before: Exception | None) -> Exception | None:
+        """What the plan at the head is blocked with. One that cannot even be blocked stays pending, and is told."""
+        log.error("evaluation failed", plan_id=_plan_id(queue[0]), exc_info=error)
+        if before is None:
+            return error
+        queue.popleft()
+        self._give_room(1)
+        return None
 
     async def _ask(self, symbol: str) -> tuple[Market, int]:
         asked = self.clock()
@@ -377,13 +381,16 @@ class Governor:
     async def _end_permits(self) -> None:
         now = self.clock()
         due = [plan_id for plan_id, held in self.ledger.state.permits.items() if now >= held.expires_us - TAKE_BACK_US]
-        await asyncio.gather(*(self._end_permit(plan_id) for plan_id in due))
+        if due:
+            there = await self.ledger.store.values(*map(self.keys.permit, due))
+            ends = (self._end_permit(plan_id, gone=held is None) for plan_id, held in zip(due, there, strict=True))
+            await asyncio.gather(*ends)
 
-    async def _end_permit(self, plan_id: str) -> None:
+    async def _end_permit(self, plan_id: str, *, gone: bool) -> None:
         key = self.keys.permit(plan_id)
-        for gone in (False, True):
+        for now_gone in (gone, not gone):
             try:
-                await self.ledger.submit(partial(_take_back, plan_id, key, gone))
+                await self.ledger.submit(partial(_take_back, plan_id, key, now_gone))
                 return
             except RequirementError:
                 continue  # it was consumed: the same question the other way round

@@ -14,17 +14,13 @@ from decimal import Decimal
 from pathlib import Path
 from re import compile as regex
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 
 from governor import policy
+from governor.hosts import TESTNET, check_base_url
 from governor.policy import Policy
 
-TESTNET = "https://testnet.binancefuture.com"
-HOSTS = ("testnet.binancefuture.com", "demo-fapi.binance.com")
-MAINNET = "fapi.binance.com"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _symbol = regex(r"[A-Z0-9_]{1,32}").fullmatch
 
 
@@ -220,20 +216,9 @@ def base_url(url: str, *, allow_mainnet: bool) -> str:
         SettingsError: any other.
     """
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        parts, host, port = urlsplit(""), "", None
-    place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else "")
-    # Nothing beside the place: no user, no path, nothing around an address in brackets.
-    bare = parts.netloc.lower() == place and not (parts.path.strip("/") or parts.query or parts.fragment)
-    local = host in LOOPBACK and parts.scheme in ("http", "https")
-    listed = parts.scheme == "https" and port in (None, 443) and host in (*HOSTS, *([MAINNET] if allow_mainnet else []))
-    if not bare or not (local or listed):
-        allowed = ", ".join(f"https://{name}" for name in HOSTS)
-        mainnet = "" if allow_mainnet else f"; https://{MAINNET} needs GOV_ALLOW_MAINNET=true"
-        raise SettingsError(f"BINANCE_BASE_URL is {url!r}, expected {allowed}, or loopback{mainnet}")
-    return f"{parts.scheme}://{place}"
+        return check_base_url(url, allow_mainnet=allow_mainnet)
+    except ValueError as error:
+        raise SettingsError(f"BINANCE_BASE_URL is {error}") from None
 
 
 def _read(row: Row, value: str) -> Any:

@@ -99,7 +99,11 @@ def window_status(times: tuple[int, ...], at: int, window: int, limit: int | Non
 
 def amount(used: Decimal, limit: Decimal | None) -> dict[str, Any]:
     """An amount used today, its limit, and what is left of it."""
-    return {"used": used, "limit": limit, "left": None if limit is None else max(ZERO, total(limit, -used))}
+    return {
+        "used": used,
+        "limit": limit,
+        "left": None if limit is None else max(ZERO, total(limit, used.copy_negate())),
+    }
 
 
 def unix(at: int) -> float:

@@ -172,10 +172,10 @@ class State:
         """What is counted for a symbol."""
         return self.books.get(symbol) or _EMPTY
 
-    def plan(self, plan_id: str) -> Plan | None:
+    def plan(self, plan_id: str, *, now: int = 0) -> Plan | None:
         """What is remembered of a plan, None when it is unknown or too long ago."""
         plan = self.plans.get(plan_id)
-        return plan if plan is not None and plan.at > self.time - MEMORY_US else None
+        return plan if plan is not None and plan.at > max(now, self.time) - MEMORY_US else None
 
 
 _EMPTY = Book()
@@ -318,7 +318,7 @@ def _release(state: State, reservation: Reservation) -> None:
         book = msgspec.structs.replace(book, stops=windows.remove(book.stops, reservation.at))
     else:
         book = msgspec.structs.replace(book, executions=windows.remove(book.executions, reservation.at))
-        book = _count(state, book, reservation, -reservation.notional, -reservation.quantity)
+        book = _count(state, book, reservation, reservation.notional.copy_negate(), reservation.quantity.copy_negate())
     state.books.set(reservation.symbol, book)
 
 

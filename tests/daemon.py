@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.request import urlopen
 
@@ -43,7 +44,7 @@ def wait_for(look: Callable[[], T], *, within_s: float = 10.0, what: str = "it")
 class Daemon:
     """A governor in a directory of its own, with a stand-in systemctl that keeps a log."""
 
-    def __init__(self, home: Path, *, port: int, base_url: str | None = None, **environ: str) -> None:
+    def __init__(self, home: Path, *, port: int, base_url: str | None = None, environ: Mapping[str, str]) -> None:
         self.home = home
         self.config = home / "etc" / "apply-layer.env"
         self.config.parent.mkdir(parents=True, exist_ok=True)
@@ -120,17 +121,23 @@ class Daemon:
 
     def http(self, path: str) -> str:
         ports = re.findall(r'"metrics_port": (\d+)', self.log)
-        with urlopen(f"http://127.0.0.1:{ports[-1]}{path}", timeout=5) as answer:  # noqa: S310 - loopback
+        with urlopen(f"http://127.0.0.1:{ports[-1]}{path}", timeout=5) as answer:
             body: bytes = answer.read()
         return body.decode()
 
 
 @contextmanager
 def daemon(
-    home: Path, *, port: int, base_url: str | None = None, ready: bool = True, **environ: str
+    home: Path,
+    *,
+    port: int,
+    base_url: str | None = None,
+    ready: bool = True,
+    environ: Mapping[str, str] = MappingProxyType({}),
+    **more: str,
 ) -> Iterator[Daemon]:
     """A running daemon, killed at the end if it is still there."""
-    one = Daemon(home, port=port, base_url=base_url, **environ)
+    one = Daemon(home, port=port, base_url=base_url, environ={**environ, **more})
     try:
         one.start(ready=ready)
         yield one

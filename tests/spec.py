@@ -8,7 +8,7 @@ What a step returns is folded as a commit would fold it, so steps follow each ot
 
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from events.types import Check, Decision, Event, Recorded
 from governor import decider
@@ -102,7 +102,7 @@ class Spec:
         self.now = time
         return self
 
-    def granted(self, *plan_ids: str, **changed: str | None) -> Self:
+    def granted(self, *plan_ids: str, **changed: Any) -> Self:
         """Plans that were permitted just now."""
         for plan_id in plan_ids:
             assert decision(self.plan(plan_id, **changed)).verdict == "EXECUTE"
@@ -150,9 +150,7 @@ class Spec:
         return self.fold(decider.tick(self.state, self.now))
 
     def disarm(self, why: str = "drill", operator: str = "anna") -> Sequence[Event]:
-        return self.fold(
-            decider.disarm_by_hand(self.state, reason=why, operator=operator, apply_mode=self.apply_mode)
-        )
+        return self.fold(decider.disarm_by_hand(self.state, reason=why, operator=operator, apply_mode=self.apply_mode))
 
     def rearm(self, why: str = "checked", operator: str = "anna", *, force: bool = False) -> Sequence[Event]:
         return self.fold(decider.rearm(self.state, reason=why, operator=operator, force=force, halt=self.halt))

@@ -98,6 +98,13 @@ def test_an_entry_with_another_number_breaks_the_chain() -> None:
     assert broken_at(entries) == (9, [1, 2])
 
 
+@pytest.mark.parametrize("seq", [2, 4, 9])
+def test_a_gap_whose_hashes_hold_breaks_the_chain_too(seq: int) -> None:
+    first, second, _ = history(3)
+    forged = link(second.hash, "RECOVERED", seq, second.timestamp, b"{}")
+    assert broken_at([first, second, Entry("RECOVERED", seq, second.timestamp, b"{}", forged)]) == (seq, [1, 2])
+
+
 def test_a_history_continues_only_the_one_before_it() -> None:
     entries = history(after=Head(3, "a" * 64))
     assert list(verify(entries, after=Head(3, "a" * 64))) == entries

@@ -87,7 +87,8 @@ def test_notional_is_rounded_half_up_to_eight_decimals(price: str, notional: str
 
 def test_a_permit_without_a_price_says_zero_notional() -> None:
     found = decision(Spec().plan(market=market(price=None)))
-    assert (found.computed_qty, found.computed_notional, found.mark_price) == (Decimal("0.015"), 0, None)
+    assert (found.computed_qty, found.computed_notional) == (Decimal("0.015"), Decimal(0))
+    assert found.mark_price is None
     assert found.price_error == "timeout"
 
 
@@ -121,7 +122,11 @@ def test_a_decision_holds_everything_it_was_made_from() -> None:
 
 def test_a_blocked_plan_tells_what_it_would_have_moved() -> None:
     found = decision(Spec(policy(limits=Limits(notional_per_day=Decimal(1)))).plan())
-    assert (found.verdict, found.computed_qty, found.computed_notional) == ("BLOCK", Decimal("0.015"), Decimal("1425.5"))
+    assert (found.verdict, found.computed_qty, found.computed_notional) == (
+        "BLOCK",
+        Decimal("0.015"),
+        Decimal("1425.5"),
+    )
     assert found.expires_us is None
     unread = decision(Spec().plan(market=market(None)))
     assert (unread.computed_qty, unread.computed_notional, unread.position_error) == (None, None, "timeout")
@@ -191,19 +196,20 @@ def test_a_plan_id_is_decided_once_whatever_it_got(limits: Limits) -> None:
 
 
 def test_a_plan_id_stays_used_up_for_a_day_and_longer() -> None:
-    spec = Spec().granted("p").after(DAY)
+    spec = Spec().granted("p").after(DAY + HOUR - 1)
     assert reason(spec.plan("p")) == "duplicate_plan"
-    spec.after(HOUR - 1).plan("another", decision="SKIP")
-    assert reason(spec.plan("p")) == "duplicate_plan"
-    spec.after(1).plan("another", decision="SKIP")
-    assert reason(spec.plan("p")) is None
+    assert reason(spec.after(1).plan("p")) is None
+
+
+def test_a_plan_id_is_free_again_however_quiet_it_was_since() -> None:
+    assert reason(Spec().granted("p").after(DAY + HOUR).plan("p")) is None
+    assert decision(failed(Spec().granted("p").after(DAY + HOUR), "p")).verdict == "BLOCK"
 
 
 def test_a_skipped_duplicate_does_not_lengthen_the_memory() -> None:
     spec = Spec().granted("p").after(DAY)
     spec.plan("p")
-    spec.after(HOUR).plan("another", decision="SKIP")
-    assert reason(spec.plan("p")) is None
+    assert reason(spec.after(HOUR).plan("p")) is None
 
 
 def test_a_plan_that_is_not_to_be_executed_does_not_use_up_its_id() -> None:
@@ -271,7 +277,9 @@ def test_plans_that_were_trimmed_are_lost_once_and_one_error() -> None:
 def failed(spec: Spec, plan_id: str = "p", *, entry: str | None = None, **changed: str) -> tuple[Event, ...]:
     fields, entry = plan_fields(plan_id=plan_id, **changed), entry or spec.entry()
     plan = parse_plan(fields, entry_id=entry, now=spec.now, needs_close_qty=False)
-    told = decider.fail(spec.state, plan, spec.policy, spec.situation, fields=fields, error="KeyError('x')", settings="")
+    told = decider.fail(
+        spec.state, plan, spec.policy, spec.situation, fields=fields, error="KeyError('x')", settings=""
+    )
     spec.fold(told.events)
     assert told.decision == (decision(told.events) if told.events else None)
     return told.events
@@ -323,7 +331,9 @@ def test_a_cause_throttles_where_it_lies(
     assert spec.state.mode.state == "THROTTLED"
 
 
-@pytest.mark.parametrize("changed", [{"market": market(None)}, {"market": market("0")}, {"action": "BUY"}, {"age": HOUR}])
+@pytest.mark.parametrize(
+    "changed", [{"market": market(None)}, {"market": market("0")}, {"action": "BUY"}, {"age": HOUR}]
+)
 def test_what_is_no_breach_has_no_consequences(changed: dict[str, Any]) -> None:
     assert names(Spec().plan(**changed)) == PERMITTED
 

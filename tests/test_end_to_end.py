@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.request import urlopen
 
 import httpx
@@ -20,8 +20,8 @@ import redis
 from governor.binance import sign
 from governor.gate import PermitDenied, PermitGate
 from governor.sim.exchange import ExchangeSim
-from tests.daemon import daemon, events_of, publish, wait_for
 from tests.conftest import NewServer
+from tests.daemon import daemon, events_of, publish, wait_for
 from tests.servers import RedisServer
 
 KEY, SECRET = "test-key", "test-secret"
@@ -37,7 +37,7 @@ class Exchange:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> Self:
         self._thread.start()
         self.sim = self.call(self._open)
         self.base_url = self.sim.base_url
@@ -103,7 +103,7 @@ def test_the_client_in_the_wild_executes_on_its_first_try_every_time(
         for symbol in symbols:
             exchange.set(symbol, "0.020", "95033.33333333")
         limits = {"GOV_MAX_REDUCE_QTY_PER_DAY": "off"}
-        with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS, **limits):
+        with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS | limits):
             permits = [legacy_client(client, f"plan-{s}", s, exchange.base_url) for s in symbols]
     assert [permit is not None for permit in permits] == [True] * 20
     assert {(p["computed_qty"], p["computed_notional"]) for p in permits if p} == {(0.015, 1425.5)}
@@ -112,7 +112,7 @@ def test_the_client_in_the_wild_executes_on_its_first_try_every_time(
 def test_the_requirements_example_gives_those_digits_in_the_permit(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS):
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS):
         publish(client, "plan-1", "BTCUSDT", "PARTIAL_75")
         raw: Any = wait_for(lambda: client.get("quantum:permit:plan-1"))
         ttl: Any = client.ttl("quantum:permit:plan-1")
@@ -129,7 +129,7 @@ def test_the_requirements_example_gives_those_digits_in_the_permit(
 def test_a_burst_disarms_the_file_and_the_service_and_a_person_arms_again(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS) as one:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
         for n in range(3):
             publish(client, f"eth-{n}", "ETHUSDT")
         (done,) = wait_for(lambda: events_of(client, "AUTO_DISARM"))
@@ -165,7 +165,7 @@ def test_a_burst_disarms_the_file_and_the_service_and_a_person_arms_again(
 def test_an_entry_that_is_no_utf8_and_one_with_no_fields_of_ours_do_not_stop_the_next_plan(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS) as one:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
         client.xadd("quantum:stream:apply.plan", {"plan_id": b"\xff\xfe", "decision": "EXECUTE"})
         client.xadd("quantum:stream:apply.plan", {"x": "y" * 1_000_000})
         publish(client, "nan", "BTCUSDT", kill_score="NaN")
@@ -182,7 +182,9 @@ def test_an_entry_that_is_no_utf8_and_one_with_no_fields_of_ours_do_not_stop_the
 def test_an_unused_permit_is_taken_back_and_a_used_one_is_seen(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS, GOV_PERMIT_TTL_SEC="2") as one:
+    with daemon(
+        tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS, GOV_PERMIT_TTL_SEC="2"
+    ) as one:
         publish(client, "left", "BTCUSDT")
         publish(client, "used", "ETHUSDT")
         PermitGate(client).consume("used", symbol="ETHUSDT")
@@ -199,8 +201,8 @@ def test_an_unused_permit_is_taken_back_and_a_used_one_is_seen(
 def test_an_execution_nobody_permitted_disarms(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS) as one:
-        result = {"plan_id": "ghost", "symbol": "BTCUSDT", "decision": "EXECUTE", "executed": "True", "error": ""}
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
+        result: Any = {"plan_id": "ghost", "symbol": "BTCUSDT", "decision": "EXECUTE", "executed": "True", "error": ""}
         client.xadd("quantum:stream:apply.result", result)
         (event,) = wait_for(lambda: events_of(client, "UNPERMITTED_EXECUTION"))
         assert event["plan_id"] == "ghost"
@@ -211,7 +213,7 @@ def test_an_execution_nobody_permitted_disarms(
 def test_the_emergency_brake_blocks_at_once_and_becomes_a_disarm_by_hand(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS) as one:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
         client.set("quantum:governor:halt", "funny prices")
         publish(client, "after", "BTCUSDT")
         (done,) = wait_for(lambda: events_of(client, "MANUAL_DISARM"))
@@ -272,7 +274,7 @@ def test_a_disarm_by_hand_works_without_redis_and_becomes_events_later(new_serve
 def test_a_stop_is_quick_and_clean_and_the_next_start_goes_on(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS) as one:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
         publish(client, "before", "BTCUSDT")
         PermitGate(client).consume("before", symbol="BTCUSDT")
         code, seconds = one.stop()
@@ -286,7 +288,7 @@ def test_a_stop_is_quick_and_clean_and_the_next_start_goes_on(
 def test_killed_at_any_moment_no_plan_is_decided_twice_and_none_is_lost(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS) as one:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
         for round_ in range(4):
             for n in range(60):
                 publish(client, f"plan-{round_}-{n}", "BTCUSDT", "UPDATE_SL")
@@ -311,7 +313,7 @@ def test_ten_thousand_plans_waiting_are_worked_off_in_order_with_bounded_memory(
     pipe.execute()
     began = time.monotonic()
     with daemon(
-        tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS, GOV_DISARM_ON_BURST_BREACH="false"
+        tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS, GOV_DISARM_ON_BURST_BREACH="false"
     ) as one:
         wait_for(lambda: one.json("status")["counts"]["plans"] == 10_000, within_s=60)
         seconds = time.monotonic() - began
@@ -329,8 +331,8 @@ def test_ten_thousand_plans_waiting_are_worked_off_in_order_with_bounded_memory(
 def test_two_governors_on_one_stream_decide_every_plan_once(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    first = daemon(tmp_path / "a", port=flushed.port, base_url=exchange.base_url, **CREDENTIALS)
-    second = daemon(tmp_path / "b", port=flushed.port, base_url=exchange.base_url, **CREDENTIALS)
+    first = daemon(tmp_path / "a", port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS)
+    second = daemon(tmp_path / "b", port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with first, second:
@@ -345,7 +347,7 @@ def test_two_governors_on_one_stream_decide_every_plan_once(
 def test_the_http_routes_tell_the_truth(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS) as one:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
         publish(client, "one", "BTCUSDT")
         PermitGate(client).consume("one", symbol="BTCUSDT")
         publish(client, "two", "BTCUSDT", "NOBODY_KNOWS")
@@ -363,13 +365,13 @@ def test_the_http_routes_tell_the_truth(
 def test_the_commands_answer_in_json(
     flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, **CREDENTIALS) as one:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
         publish(client, "one", "BTCUSDT", "PARTIAL_75")
         PermitGate(client).consume("one", symbol="BTCUSDT")
         told = one.json("explain", "one")
         assert told["decision"]["verdict"] == "EXECUTE"
         assert told["market"]["mark_price"] == 95033.33333333
-        assert [check["gate"] for check in told["decision"]["checks"]][0] == "history"
+        assert told["decision"]["checks"][0]["gate"] == "history"
         assert told["permit"]["status"] == "outstanding"
         assert "PARTIAL_75" in one.command("explain", "one").stdout
         unknown = one.command("explain", "nobody", "--json")

@@ -25,9 +25,7 @@ from redis.retry import Retry
 from governor.gate import AsyncPermitGate, Permit, PermitDenied, PermitGate
 from tests.servers import KINDS, Kind, RedisServer
 
-CASES: list[dict[str, Any]] = json.loads(
-    (Path(__file__).parent / "vectors" / "permits.json").read_text("utf-8")
-)
+CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors" / "permits.json").read_text("utf-8"))
 ERRORS = [
     redis.ConnectionError("Connection refused"),
     redis.TimeoutError("Timeout reading from socket"),
@@ -79,9 +77,7 @@ class Place:
         if self._server is not None:
             make = self._server.client(decode_responses=decode_responses, protocol=protocol)
             return self._stack.enter_context(make)
-        fake: redis.Redis = fakeredis.FakeRedis(
-            server=self._fake, decode_responses=decode_responses, protocol=protocol
-        )
+        fake: redis.Redis = fakeredis.FakeRedis(server=self._fake, decode_responses=decode_responses, protocol=protocol)
         self._stack.callback(fake.close)
         return fake
 
@@ -308,10 +304,7 @@ def test_bytes_that_are_not_utf8_do_not_cost_a_permit(real: Place, decode_respon
 async def test_another_prefix_has_permits_of_its_own(armed: Place) -> None:
     state, permit = armed.redis.get("quantum:governor:state"), permit_json(armed.now())
     armed.redis.mset({"{q}:governor:state": str(state), "{q}:permit:plan-1": permit})
-    assert (
-        reason_of(lambda: PermitGate(armed.redis).consume("plan-1", symbol="BTCUSDT", wait_s=0))
-        == "no_permit"
-    )
+    assert reason_of(lambda: PermitGate(armed.redis).consume("plan-1", symbol="BTCUSDT", wait_s=0)) == "no_permit"
     async with armed.async_client() as client:
         assert (await AsyncPermitGate(client, key_prefix="{q}").peek("plan-1")).seq == 42
     assert PermitGate(armed.redis, key_prefix="{q}").consume("plan-1", symbol="BTCUSDT").seq == 42
@@ -667,9 +660,7 @@ def user(place: Place, *rights: str) -> Iterator[redis.Redis]:
     place.redis.execute_command("ACL", "SETUSER", "apply", "reset", "on", ">pw", *rights)  # type: ignore[no-untyped-call]
     port = place.redis.connection_pool.connection_kwargs["port"]
     try:
-        with redis.Redis(
-            port=port, username="apply", password="pw", protocol=2, retry=Retry(NoBackoff(), 0)
-        ) as client:
+        with redis.Redis(port=port, username="apply", password="pw", protocol=2, retry=Retry(NoBackoff(), 0)) as client:
             yield client
     finally:
         place.redis.execute_command("ACL", "DELUSER", "apply")  # type: ignore[no-untyped-call]
@@ -684,18 +675,13 @@ def test_the_rights_the_module_names_are_enough_and_forge_nothing(real: Place) -
             client.evalsha(str(forge), 1, "quantum:permit:plan-1")
 
 
-@pytest.mark.parametrize(
-    "withheld", ["+get", "+del", "%R~quantum:governor:state", "%R~quantum:governor:block:*"]
-)
+@pytest.mark.parametrize("withheld", ["+get", "+del", "%R~quantum:governor:state", "%R~quantum:governor:block:*"])
 def test_a_missing_right_is_redis_trouble_and_not_a_missing_permit(real: Place, withheld: str) -> None:
     rights = [right for right in [*KEYS_READ, *COMMANDS, SELECTOR] if right != withheld]
     if "block" not in withheld:
         real.grant()
     with user(real, *rights) as client:
-        assert (
-            reason_of(lambda: PermitGate(client).consume("plan-1", symbol="BTCUSDT", wait_s=0))
-            == "redis_error"
-        )
+        assert reason_of(lambda: PermitGate(client).consume("plan-1", symbol="BTCUSDT", wait_s=0)) == "redis_error"
     assert real.has() == ("block" not in withheld)
 
 
@@ -725,9 +711,7 @@ class Time:
 
 
 @pytest.fixture(params=["sync", "async"])
-async def waiting(
-    request: pytest.FixtureRequest, armed: Place
-) -> AsyncIterator[tuple[Time, Callable[..., Any]]]:
+async def waiting(request: pytest.FixtureRequest, armed: Place) -> AsyncIterator[tuple[Time, Callable[..., Any]]]:
     """A fake clock and a `consume` that waits by it."""
     clock = Time()
     async with armed.async_client() as client:
@@ -832,10 +816,7 @@ async def test_a_wait_that_is_cancelled_leaves_the_permit_to_others(armed: Place
 
 
 async def test_the_default_sleeps_are_the_real_ones(armed: Place) -> None:
-    assert (
-        reason_of(lambda: PermitGate(armed.redis).consume("plan-1", symbol="BTCUSDT", wait_s=0.003))
-        == "no_permit"
-    )
+    assert reason_of(lambda: PermitGate(armed.redis).consume("plan-1", symbol="BTCUSDT", wait_s=0.003)) == "no_permit"
     async with armed.async_client() as client:
         with pytest.raises(PermitDenied, match="no_permit"):
             await AsyncPermitGate(client).consume("plan-1", symbol="BTCUSDT", wait_s=0.003)
@@ -870,9 +851,7 @@ async def won_async(gate: AsyncPermitGate) -> list[str]:
 
 def won_by_hand(client: redis.Redis) -> list[str]:
     """GET and DEL as the contract allows them: go on only when DEL returned 1."""
-    return [
-        p for p in PLANS if client.get(f"quantum:permit:{p}") and client.delete(f"quantum:permit:{p}") == 1
-    ]
+    return [p for p in PLANS if client.get(f"quantum:permit:{p}") and client.delete(f"quantum:permit:{p}") == 1]
 
 
 def grant_all(place: Place) -> None:
@@ -913,9 +892,7 @@ async def test_threads_tasks_and_clients_by_hand_share_each_permit_out_once(real
 
 
 def test_importing_the_gate_brings_no_other_package_with_it() -> None:
-    program = (
-        "import sys; before = set(sys.modules); import governor.gate; print(*(set(sys.modules) - before))"
-    )
+    program = "import sys; before = set(sys.modules); import governor.gate; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     packages = {name.partition(".")[0] for name in done.stdout.split()}
     assert packages - set(sys.stdlib_module_names) == {"governor"}

@@ -15,7 +15,7 @@ from governor.market import Market
 from governor.plans import Plan
 from governor.policy import Limits, Policy
 from projections.state import State
-from tests.spec import DAY, HOUR, MINUTE, NOON, SECOND, Spec, check, decision, market, names, only, reason
+from tests.spec import DAY, HOUR, MINUTE, NOON, SECOND, Spec, check, decision, market, names, reason
 
 NAMES = (
     "history", "armed", "plan_age", "action", "kill_score", "exec_1h", "exec_5min", "position_read", "position_open",
@@ -40,9 +40,16 @@ class Setup:
         return evaluate(self.case())
 
     def case(self) -> gates.Case:
-        usual = {"plan_id": "p1", "symbol": "BTCUSDT", "decision": "EXECUTE", "entry_id": "1-1", "at": NOON - SECOND}
+        usual: dict[str, Any] = {
+            "plan_id": "p1",
+            "symbol": "BTCUSDT",
+            "decision": "EXECUTE",
+            "entry_id": "1-1",
+            "at": NOON - SECOND,
+        }
         policy = Policy(limits=Limits(**self.limits), **self.policy)
-        situation = Situation(**{"now": NOON} | self.situation)
+        now: dict[str, Any] = {"now": NOON}
+        situation = Situation(**now | self.situation)
         return case(Plan(**usual | self.plan), policy, self.state(), self.market, situation)
 
     def state(self) -> State:
@@ -230,7 +237,7 @@ def test_without_credentials_the_exchange_is_never_asked_and_its_gates_do_not_ap
     setup.plan["close_qty"] = Decimal("0.02")
     checks, why = setup.evaluate()
     assert (signs(checks), why) == ("+++++++..++.+", None)
-    assert (checks[10].gate, checks[10].used, checks[10].limit) == ("daily_qty", 0, Decimal("0.02"))
+    assert checks[10] == Check("daily_qty", ok=True, used=Decimal(0), limit=Decimal("0.02"))
     assert not needs_market(setup.case())
 
 
@@ -573,7 +580,8 @@ def test_stop_updates_have_windows_of_their_own() -> None:
 
 def test_a_stop_update_moves_nothing() -> None:
     found = decision(Spec().plan(action="UPDATE_SL"))
-    assert (found.computed_qty, found.computed_notional, found.asked) == (0, 0, False)
+    assert (found.computed_qty, found.computed_notional) == (Decimal(0), Decimal(0))
+    assert not found.asked
 
 
 def test_a_throttle_of_another_symbol_does_not_matter() -> None:

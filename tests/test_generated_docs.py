@@ -46,7 +46,7 @@ def one_line(text: str | None) -> str:
 # -- events --------------------------------------------------------------------------------------------------------
 
 
-def fields(cls: ast.ClassDef) -> list[tuple[str, ...]]:
+def fields(cls: ast.ClassDef) -> list[tuple[str, str, str, str]]:
     """Name, type, default and docstring of each field, from the source."""
     rows = []
     for node, after in zip(cls.body, [*cls.body[1:], None], strict=True):
@@ -100,8 +100,8 @@ data
 ```
 
 With `GOV_AUDIT_KEY` it is the HMAC-SHA-256 of the same bytes: then nobody without the key can change an entry and make
-the chain fit again. A cut-off end does not show in the chain itself; a running daemon notices that the stream ends before an
-event it has seen.
+the chain fit again. A cut-off end does not show in the chain itself; a running daemon notices that the stream ends
+before an event it has seen.
 
 ## How they change
 
@@ -114,9 +114,7 @@ and the program reads the old ones as well. Times inside events are whole micros
 def test_the_page_about_events_is_up_to_date() -> None:
     source = classes()
     by_class = {cls.__name__: cls for cls in types.ALL}
-    overview = [
-        (f"[`{cls.NAME}`](#{cls.NAME.lower()})", str(cls.VERSION), one_line(cls.__doc__)) for cls in types.ALL
-    ]
+    overview = [(f"[`{cls.NAME}`](#{cls.NAME.lower()})", str(cls.VERSION), one_line(cls.__doc__)) for cls in types.ALL]
     sections = [
         f"\n### {by_class[name].NAME}\n\n{one_line(by_class[name].__doc__)}\n\n"
         + (table(HEAD, fields(source[name])) if fields(source[name]) else "No fields beside `v`.\n")
@@ -138,7 +136,7 @@ def test_the_page_about_events_is_up_to_date() -> None:
 def test_every_event_says_what_it_means() -> None:
     for cls in types.ALL:
         assert one_line(cls.__doc__).endswith(".")
-        assert cls.NAME == cls.NAME.upper()
+        assert cls.NAME.upper() == cls.NAME
 
 
 def test_the_names_of_the_events_are_those_of_the_contract() -> None:
@@ -154,8 +152,9 @@ def test_the_names_of_the_events_are_those_of_the_contract() -> None:
 GATES = """# Gates
 
 Every plan with the decision `EXECUTE` goes through these gates. All of them are looked at and recorded in the event
-`DECISION`; the first one that fails, in this order, is the reason for the block. A check has one of three answers: `true`
-(passed), `false` (failed), `null` (could not be evaluated, or does not concern this plan; it never blocks by itself).
+`DECISION`; the first one that fails, in this order, is the reason for the block. A check has one of three answers:
+`true` (passed), `false` (failed), `null` (could not be evaluated, or does not concern this plan; it never blocks by
+itself).
 `governor explain PLAN_ID` shows them for one plan.
 
 A limit of N blocks the execution N+1. A daily total may reach its limit, not pass it. Zero means that nothing is
@@ -208,15 +207,15 @@ All settings are environment variables, read once at the start. Under systemd th
 `governor settings` prints the ones in force, with secrets masked.
 
 A value that cannot be used ends the start with exit code 78 and a line that names the variable, its value and what is
-allowed. An unknown name that begins with `GOV_` is warned about. An empty value is an error, except where the default is
-empty. `off` switches a limit off; zero means that nothing is allowed.
+allowed. An unknown name that begins with `GOV_` is warned about. An empty value is an error, except where the default
+is empty. `off` switches a limit off; zero means that nothing is allowed.
 
 """
 AFTER_SETTINGS = """
 ## Limits of single symbols
 
-0.02 BTC is a limit, 0.02 DOGE is none. The file named by `GOV_LIMITS_FILE` holds one table a symbol, with those of these
-variables that differ: {names}.
+0.02 BTC is a limit, 0.02 DOGE is none. The file named by `GOV_LIMITS_FILE` holds one table a symbol, with those of
+these variables that differ: {names}.
 
 ```toml
 [DOGEUSDT]
@@ -252,9 +251,7 @@ def test_the_page_about_the_settings_is_up_to_date() -> None:
     names = ", ".join(f"`{name}`" for name in policy.SYMBOL_NAMES)
     check_generated(
         "docs/settings.md",
-        SETTINGS
-        + table(("variable", "default", "allowed", "meaning"), rows)
-        + AFTER_SETTINGS.format(names=names),
+        SETTINGS + table(("variable", "default", "allowed", "meaning"), rows) + AFTER_SETTINGS.format(names=names),
     )
 
 

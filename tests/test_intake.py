@@ -12,7 +12,7 @@ from events.intake import CONSUMER, GROUP, Delivery, Intake
 from events.keys import Keys
 from events.store import StoreError, UnavailableError
 from tests.servers import KINDS, Kind, RedisServer
-from tests.test_store import Proxy
+from tests.test_store import Proxy, start_again
 
 PLANS, RESULTS = Keys().plans, Keys().results
 
@@ -162,8 +162,9 @@ async def test_what_was_not_acknowledged_is_delivered_again_after_opening(place:
     intake = await place.opened()
     await place.add(PLANS, 1, 2)
     first = await read(intake)
-    await intake.open()
-    assert await read(intake) == first == [entry(PLANS, 1), entry(PLANS, 2)]
+    for _ in range(2):  # after a delivery of what was new, and after one of what was pending
+        await intake.open()
+        assert await read(intake) == first == [entry(PLANS, 1), entry(PLANS, 2)]
     await intake.acknowledge(first)
     await intake.open()
     assert await read(intake) == []
@@ -325,7 +326,7 @@ async def test_nothing_is_lost_or_reordered_by_a_restart_of_the_server(
     server.kill()
     with pytest.raises(UnavailableError):
         await read(intake)
-    server.start()
+    start_again(server)
     await intake.open()
     assert [numbers(await read(intake)) for _ in range(2)] == [[2], [3]]
 

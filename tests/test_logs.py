@@ -156,6 +156,7 @@ def _fail(api_secret: str) -> None:
 
 @pytest.mark.parametrize("name", ["httpx", "httpcore", "transitions"])
 def test_libraries_that_write_every_url_are_quiet(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
     logs.configure(log_format="json", level="DEBUG")
     logging.getLogger(name).info("HTTP Request: GET https://x/?signature=abc")
     logging.getLogger(name).warning("told")

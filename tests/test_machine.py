@@ -1,10 +1,10 @@
 """The machine, every pair of state and trigger, and its page of the docs."""
 
+import logging
 from typing import get_args
 
 import pytest
 
-from governor import machine
 from governor.machine import STATES, TRANSITIONS, TRIGGERS, TransitionError, Trigger, advance, allows, diagram
 from projections import state
 from tests.generated import check_generated, table
@@ -74,7 +74,7 @@ def test_the_machine_and_the_fold_speak_of_the_same_states() -> None:
 
 
 def test_the_machine_says_nothing_in_the_log() -> None:
-    assert not machine.logging.getLogger("transitions.core").isEnabledFor(machine.logging.INFO)
+    assert not logging.getLogger("transitions.core").isEnabledFor(logging.INFO)
 
 
 def test_the_page_about_the_machine_is_up_to_date() -> None:
@@ -88,8 +88,8 @@ def test_the_page_about_the_machine_is_up_to_date() -> None:
         "- **THROTTLED**: the same, but where the cause lies only `GOV_THROTTLE_MAX_EXEC_PER_5MIN` executions pass in\n"
         "  five minutes. A full close never waits. It ends by itself, `GOV_THROTTLE_COOLDOWN_SEC` after the last new\n"
         "  cause.\n"
-        "- **DISARMED**: no permits. All outstanding permits are revoked in the same step, and the Apply Layer is forced\n"
-        "  to dry run. It never ends by itself: a person runs `governor rearm`.\n\n"
+        "- **DISARMED**: no permits. All outstanding permits are revoked in the same step, and the Apply Layer is\n"
+        "  forced to dry run. It never ends by itself: a person runs `governor rearm`.\n\n"
         f"```mermaid\n{diagram()}```\n\n"
         "What is not in this table cannot happen.\n\n"
         + table(("trigger", "from", "to", "because"), rows)

@@ -1,6 +1,7 @@
 """Reading plans: strict where a value is used, indifferent where it is not."""
 
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
@@ -10,11 +11,11 @@ from tests.spec import NOON, SECOND, plan_fields
 ENTRY = f"{NOON // 1000}-3"
 
 
-def parse(*, entry_id: str = ENTRY, needs_close_qty: bool = False, now: int = NOON, **changed: str | None) -> Plan:
+def parse(*, entry_id: str = ENTRY, needs_close_qty: bool = False, now: int = NOON, **changed: Any) -> Plan:
     return parse_plan(plan_fields(**changed), entry_id=entry_id, now=now, needs_close_qty=needs_close_qty)
 
 
-def refused(*, entry_id: str = ENTRY, needs_close_qty: bool = False, **changed: str | None) -> MalformedPlanError:
+def refused(*, entry_id: str = ENTRY, needs_close_qty: bool = False, **changed: Any) -> MalformedPlanError:
     with pytest.raises(MalformedPlanError) as problem:
         parse(entry_id=entry_id, needs_close_qty=needs_close_qty, **changed)
     return problem.value
@@ -53,7 +54,8 @@ def test_an_old_or_future_plan_that_is_not_to_be_executed_is_read() -> None:
 @pytest.mark.parametrize("name", REQUIRED)
 @pytest.mark.parametrize(("value", "problem"), [(None, "missing"), ("", "empty")])
 def test_a_required_field_that_is_not_there_is_named(name: str, value: str | None, problem: str) -> None:
-    assert str(refused(**{name: value})) == f"{name} is {problem}"
+    changed: dict[str, Any] = {name: value}
+    assert str(refused(**changed)) == f"{name} is {problem}"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_a_required_field_that_is_not_there_is_named(name: str, value: str | Non
         ({"position_side": "UP"}, "position_side is 'UP', expected one of BOTH, LONG, SHORT"),
     ],
 )
-def test_a_problem_names_the_field_its_value_and_what_was_expected(changed: dict[str, str], message: str) -> None:
+def test_a_problem_names_the_field_its_value_and_what_was_expected(changed: dict[str, Any], message: str) -> None:
     assert str(refused(**changed)) == message
 
 
@@ -118,7 +120,7 @@ def test_an_entry_up_to_five_seconds_ahead_of_the_clock_is_read() -> None:
     ],
 )
 def test_execute_plans_and_entries_without_a_decision_count_as_errors(
-    changed: dict[str, str | None],
+    changed: dict[str, Any],
     counts: bool,  # noqa: FBT001
 ) -> None:
     assert refused(**changed).counts is counts
@@ -135,7 +137,7 @@ def test_execute_plans_and_entries_without_a_decision_count_as_errors(
     ],
 )
 def test_a_problem_keeps_the_plan_id_and_the_symbol_where_they_can_be_used(
-    changed: dict[str, str | None], usable: tuple[str | None, str | None]
+    changed: dict[str, Any], usable: tuple[str | None, str | None]
 ) -> None:
     problem = refused(**changed)
     assert (problem.plan_id, problem.symbol) == usable

@@ -377,9 +377,7 @@ def test_errors_are_counted_until_a_rearm() -> None:
 def test_a_throttle_keeps_when_and_why_it_began_and_gathers_causes() -> None:
     state = state_after(Throttled(symbol="BTCUSDT", reason="a", until_us=NOON + MINUTE))
     state_after(Throttled(symbol=None, reason="b", until_us=NOON + HOUR), at=NOON + SECOND, state=state)
-    assert state.mode == Mode(
-        "THROTTLED", NOON, "a", 1, 1, causes=(("BTCUSDT", "a"), (None, "b")), until=NOON + HOUR
-    )
+    assert state.mode == Mode("THROTTLED", NOON, "a", 1, 1, causes=(("BTCUSDT", "a"), (None, "b")), until=NOON + HOUR)
     state_after(Recovered(), at=NOON + HOUR, state=state)
     assert state.mode == Mode("ARMED", NOON + HOUR, None, 1, 3)
 

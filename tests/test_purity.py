@@ -18,8 +18,9 @@ PURE = [
     *sorted((ROOT / "projections").glob("*.py")),
 ]  # fmt: skip
 IMPURE = {
-    "aiohttp", "asyncio", "datetime", "freezegun", "httpx", "io", "multiprocessing", "os", "pathlib", "random", "redis",
-    "requests", "secrets", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "time", "urllib", "uuid",
+    "aiohttp", "asyncio", "datetime", "freezegun", "httpx", "io", "multiprocessing", "os", "pathlib", "random",
+    "redis", "requests", "secrets", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "time",
+    "urllib", "uuid",
 }  # fmt: skip
 CLOCKS = {"monotonic", "now", "perf_counter", "time", "time_ns", "today", "utcnow", "random", "uuid4", "getenv", "open"}
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]

@@ -155,6 +155,13 @@ def test_an_execution_of_a_plan_older_than_we_can_know_leads_to_nothing(age: int
     assert names(spec.result("long-ago", entry=spec.entry(age=age)))[:2] == follows
 
 
+def test_what_the_memory_has_just_lost_is_not_counted_again() -> None:
+    spec = expired().after(25 * HOUR)
+    told = only(spec.result(entry=spec.entry(age=25 * HOUR)), Execution)
+    assert (told.permit, told.counted) == ("unknown", False)
+    assert spec.state.book("BTCUSDT").executions == ()
+
+
 def test_a_result_of_an_unknown_plan_before_the_very_first_event_leads_to_nothing() -> None:
     assert names(Spec().result("never-seen")) == TOLD
 
@@ -168,9 +175,7 @@ def test_an_execution_nobody_permitted_throttles_all_where_it_may_not_disarm(acc
     spec = refused(**account)
     events = spec.result()
     assert names(events) == [*AROUND, "THROTTLED"]
-    assert only(events, Throttled) == Throttled(
-        symbol=None, reason="unpermitted_execution", until_us=NOON + 5 * MINUTE
-    )
+    assert only(events, Throttled) == Throttled(symbol=None, reason="unpermitted_execution", until_us=NOON + 5 * MINUTE)
     assert names(spec.result()) == AROUND
 
 
@@ -235,7 +240,10 @@ def test_the_same_result_entry_again_says_nothing() -> None:
 
 def test_an_excess_and_a_failed_step_are_two_errors() -> None:
     events = consumed().result(steps_results=steps("0.02", status="error"))
-    assert [event.kind for event in events if isinstance(event, ErrorRecorded)] == ["excess_quantity", "execution_error"]
+    assert [event.kind for event in events if isinstance(event, ErrorRecorded)] == [
+        "excess_quantity",
+        "execution_error",
+    ]
 
 
 def test_errors_of_results_count_towards_the_disarm() -> None:
@@ -320,7 +328,11 @@ def test_executed_is_read_as_python_writes_it(text: str, executed: bool) -> None
         ('[{"executed_qty": null}, {"executed_qty": true}, {"executed_qty": "NaN"}]', None, False),
         ('[{"executed_qty": {}}, {"executed_qty": 1}]', "1", False),
         ('[{"executed_qty": "-0.5"}]', "0.5", False),
-        ('[{"executed_qty": "12345678901234567890.123456789012345678"}]', "12345678901234567890.123456789012345678", False),
+        (
+            '[{"executed_qty": "12345678901234567890.123456789012345678"}]',
+            "12345678901234567890.123456789012345678",
+            False,
+        ),
         ('[{"status": "ok"}, {"status": "ERROR"}]', None, True),
         ('[{"status": null}]', None, False),
     ],

@@ -255,6 +255,14 @@ async def own(own_server: RedisServer, stack: AsyncExitStack) -> OnServer:
     return real_place(own_server, stack)
 
 
+def start_again(server: RedisServer) -> None:
+    """Start a server that was killed, and return when it has read its data."""
+    server.start()
+    with server.client() as client:
+        while client.info("persistence")["loading"]:
+            pass
+
+
 async def refused(place: Place, commit: Commit, kind: type[StoreError]) -> Any:
     """Check that a commit is refused and nothing at all is written; return the error."""
     before = await place.dump()
@@ -824,7 +832,7 @@ async def test_what_was_committed_is_there_after_a_crash_and_a_restart(
     server.kill()
     with pytest.raises(UnavailableError):
         await place.store.head()
-    server.start()
+    start_again(server)
     assert await place.dump() == before
     # The script is known again without a word, though the restart forgot it.
     await place.store.commit(one(end_of(commit)))
@@ -944,7 +952,7 @@ class Broken:
 @pytest.fixture
 async def broken(real: OnServer, server: RedisServer, stack: AsyncExitStack) -> Broken:
     proxy = await stack.enter_async_context(Proxy(server.port, b"EVALSHA\r\n"))
-    client = connect(proxy.port, stack, socket_timeout=0.2)
+    client = connect(proxy.port, stack, socket_timeout=1)
     behind = Broken(proxy, RedisStore(client, stream=KEYS.events, halt=KEYS.halt), real)
     await behind.store.commit(one())  # the script is known and the connection is open
     return behind
