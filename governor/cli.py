@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from events.types import Recorded
+    from events.types import Head, Recorded
     from governor.ledger import Ledger
+    from governor.replay import Replay
     from governor.settings import Settings
 
 DONE, FAILED, USAGE, DIFFERS, NO_REDIS, BAD_SETTINGS = 0, 1, 2, 3, 4, 78
 CODES = (
-    "\b\nExit codes: 0 done, 1 failed, 2 usage, 3 neither ARMED nor THROTTLED (status),\n"
+    "\b\nExit codes: 0 done, 1 failed, 2 usage, 3 neither ARMED nor THROTTLED (status)\n"
+    "or something differs (replay), "
     "4 Redis not reachable, 78 bad settings."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -40,6 +42,7 @@ def main() -> None:
       governor status                       the state, windows and totals
       governor events --follow              events as they happen
       governor explain PLAN_ID              one plan's life
+      governor replay                       audit: does every decision follow from its inputs?
       governor disarm --reason "bad fills"  stop trading now
     """
 
@@ -165,6 +168,54 @@ def explain(plan_id: str, *, as_json: bool) -> None:
         else:
             click.echo("\n".join(lines(told)))
         return DONE if told["known"] else FAILED
+
+    _run(work())
+
+
+@main.command(epilog=CODES)
+@click.option("--at", metavar="TIME", help="Stop there: ISO 8601, unix seconds, or -2h (s, m, h, d).")
+@click.option("--at-seq", type=click.IntRange(min=0), metavar="N", help="Stop after event N.")
+@click.option("--expect-head", metavar="SEQ:HASH", help="A head kept elsewhere that the history must contain.")
+@click.option("--all", "show_all", is_flag=True, help="List every difference, not only the first.")
+@json_option
+def replay(*, at: str | None, at_seq: int | None, expect_head: str | None, show_all: bool, as_json: bool) -> None:
+    """Audit: decide every recorded plan again from its recorded inputs, and compare.
+
+    Tells three verdicts apart: integrity (the hash chain), completeness (no gaps; the history contains a head that was
+    kept elsewhere), agreement (every decision follows from its inputs). Writes nothing and needs no daemon. With --at or
+    --at-seq the state as it was is printed as by `status`.
+    """
+
+    async def work() -> int:
+        from governor import status as views  # noqa: PLC0415
+        from governor.connection import now  # noqa: PLC0415
+        from governor.replay import Auditor  # noqa: PLC0415
+
+        settings = _settings()
+        until = None if at is None else _moment(at, now())
+        auditor = Auditor(
+            key=settings.audit_key.encode() or None,
+            expect=_head(expect_head),
+            until_us=until,
+            until_seq=at_seq,
+        )
+        async with _store(settings) as store:
+            seq = 0
+            while (entries := await store.read(seq, limit=5000)) and auditor.feed(entries):
+                seq = entries[-1].seq
+        found, state = auditor.finish()
+        then = views.describe(state, views.policy_of(state, settings.policy), until or state.time)
+        if as_json:
+            _print_json(
+                {name: getattr(found, name) for name in found.__struct_fields__}
+                | {"head": {"seq": found.head.seq, "hash": found.head.hash}}
+                | ({"status": then} if at is not None or at_seq is not None else {})
+            )
+        else:
+            if at is not None or at_seq is not None:
+                _print_status(then | {"halted": None})
+            _print_replay(found, show_all=show_all)
+        return DONE if found.clean else DIFFERS
 
     _run(work())
 
@@ -366,6 +417,48 @@ def _print_status(told: dict[str, Any]) -> None:
     counts = told["counts"]
     click.echo(f"plans {counts['plans']} = {counts['allowed']} allowed + {counts['blocked']} blocked + "
                f"{counts['skipped']} skipped; {counts['rejected']} rejected")  # fmt: skip
+
+
+def _print_replay(found: Replay, *, show_all: bool) -> None:
+    broken = found.chain
+    chain = broken if isinstance(broken, str) else f"BROKEN at event {broken['broken_at']}: {broken['problem']}"
+    click.echo(f"integrity     {chain}")
+    click.echo(f"completeness  {'ok' if found.complete else 'THE EXPECTED HEAD IS NOT IN THE HISTORY'}")
+    click.echo(f"agreement     {len(found.differences) or 'no'} differences in {found.decisions} decisions, "
+               f"{found.events} events")  # fmt: skip
+    for difference in found.differences if show_all else found.differences[:1]:
+        click.echo(f"  event {difference.seq}  plan {difference.plan_id}  {difference.field}")
+        click.echo(f"    recorded  {difference.recorded}")
+        click.echo(f"    computed  {difference.computed}")
+    click.echo(f"digest        {found.digest}  state {found.state}")
+    click.echo(f"head          {found.head.seq}:{found.head.hash}")
+
+
+def _head(text: str | None) -> Head | None:
+    from events.types import Head  # noqa: PLC0415
+
+    if text is None:
+        return None
+    seq, _, digest = text.partition(":")
+    if not (seq.isdecimal() and digest):
+        raise click.BadParameter(f"{text!r}, expected SEQ:HASH", param_hint="--expect-head")
+    return Head(int(seq), digest)
+
+
+def _moment(text: str, now_us: int) -> int:
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        if text.startswith("-") and text[-1:] in units:
+            return now_us - round(float(text[1:-1]) * units[text[-1]] * 1e6)
+        try:
+            return round(float(text) * 1e6)
+        except ValueError:
+            moment = dt.datetime.fromisoformat(text)
+            return round((moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).timestamp() * 1e6)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r}, expected ISO 8601, unix seconds, or -2h (s, m, h, d)", param_hint="--at"
+        ) from None
 
 
 def _of(pair: dict[str, Any]) -> str:

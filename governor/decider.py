@@ -43,7 +43,7 @@ from governor.policy import Policy
 from governor.results import Result
 from projections import errors, windows
 from projections.permits import MEMORY_US
-from projections.state import DISARMED, THROTTLED, State, evolve
+from projections.state import DISARMED, State, evolve
 
 DRY_RUN = "dry_run"
 ACTION_TAKEN = "APPLY_MODE=dry_run + restart"
@@ -66,7 +66,7 @@ class MarketNeededError(Exception):
 def tick(state: State, now: int) -> list[Event]:
     """What is due by time alone: the end of a throttle."""
     until = state.mode.until
-    if state.mode.state == THROTTLED and until is not None and max(now, state.time) >= until:
+    if until is not None and max(now, state.time) >= until:
         advance(state.mode.state, "recover")
         return [Recovered()]
     return []
@@ -307,7 +307,7 @@ def take_back(state: State, plan_id: str, *, gone: bool, now: int) -> tuple[Even
 def disarm_by_hand(state: State, *, reason: str, operator: str, apply_mode: str | None) -> list[Event]:
     """A person disarms. Nothing follows while a disarm is under way, or done with the file still at dry run."""
     disarm = state.mode.disarm
-    if state.mode.state == DISARMED and disarm is not None and (not disarm.done or apply_mode == DRY_RUN):
+    if disarm is not None and (not disarm.done or apply_mode == DRY_RUN):
         return []
     return _disarm(state, reason, {"operator": operator}, manual=True, operator=operator)
 
@@ -322,10 +322,10 @@ def rearm(state: State, *, reason: str, operator: str, force: bool, halt: bool) 
     Raises:
         RearmRefusedError: a disarm is unfinished or the emergency brake is set, and it is not forced.
     """
-    if state.mode.state != DISARMED:
-        return []
     disarm = state.mode.disarm
-    if disarm is not None and not disarm.done and not force:
+    if disarm is None:
+        return []
+    if not disarm.done and not force:
         why = f": {disarm.error}" if disarm.error else ""
         raise RearmRefusedError(
             f"the disarm of {disarm.reason} is unfinished, the Apply Layer may still trade{why}; "

@@ -19,7 +19,7 @@ from governor.market import Market, position_amt
 from governor.plans import Plan
 from governor.policy import Limits, Policy
 from projections import totals, windows
-from projections.state import DISARMED, THROTTLED, Book, State
+from projections.state import DISARMED, Book, State
 
 CLOSE_FRACTIONS: dict[str, Decimal] = {
     "FULL_CLOSE_PROPOSED": Decimal(1),
@@ -154,8 +154,7 @@ def position_read(case: Case) -> Check:
 
 def position_open(case: Case) -> Check:
     """The position is not flat."""
-    known = _asks(case) and case.position is not None
-    return Check("position_open", case.position != 0 if known else None, case.position if known else None)
+    return Check("position_open", None if case.position is None else case.position != 0, case.position)
 
 
 def quantity(case: Case) -> Check:
@@ -179,7 +178,7 @@ def daily_limit(case: Case) -> Check:
 def total_daily_limit(case: Case) -> Check:
     """Notional over all symbols a UTC day (USD). Cannot be evaluated without a price."""
     name = "total_daily_notional"
-    if not case.moves or case.notional is None:
+    if case.notional is None:
         return Check(name, None)
     counted = totals.on(case.state.days, day_of(case.now))
     return _amount(name, counted.notional, case.notional, case.policy.total_notional_per_day)
@@ -188,7 +187,7 @@ def total_daily_limit(case: Case) -> Check:
 def throttle(case: Case) -> Check:
     """While throttled for this symbol or for all: executions in five minutes. A full close never waits."""
     mode, limit = case.state.mode, case.policy.throttle_per_5min
-    if mode.state != THROTTLED or not mode.throttles(case.plan.symbol) or case.plan.action == FULL_CLOSE:
+    if not mode.throttles(case.plan.symbol) or case.plan.action == FULL_CLOSE:
         return Check("throttle", True)
     return _window("throttle", case, windows.FIVE_MINUTES_US, limit)
 

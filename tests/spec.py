@@ -27,7 +27,6 @@ MIDNIGHT = 1_769_212_800 * SECOND
 """2026-01-24 00:00:00 UTC."""
 NOON = MIDNIGHT + 12 * HOUR
 TESTNET = Policy(credentials=True)
-WITHOUT_KEYS = Policy()
 E = TypeVar("E", bound=Event)
 
 

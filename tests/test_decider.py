@@ -221,6 +221,19 @@ def test_a_plan_that_is_not_to_be_executed_does_not_use_up_its_id() -> None:
     assert reason(spec.plan("p")) == "duplicate_plan"
 
 
+def test_an_entry_that_comes_again_after_its_plan_was_forgotten_says_nothing() -> None:
+    spec = Spec(policy(max_plan_age_us=None))
+    spec.plan(entry="1769256000000-5")
+    assert spec.after(26 * HOUR).plan(entry="1769256000000-5") == ()
+
+
+def test_a_skipped_plan_says_no_quantity() -> None:
+    spec = Spec(policy(credentials=False)).granted("p", close_qty="0.01")
+    found = decision(spec.plan("p", close_qty="0.01"))
+    assert found.reason == "duplicate_plan"
+    assert (found.computed_qty, found.computed_notional, found.expires_us) == (None, None, None)
+
+
 def test_a_skipped_plan_counts_nowhere() -> None:
     spec = Spec()
     spec.plan("p", decision="SKIP")
@@ -251,6 +264,7 @@ def test_an_entry_without_a_decision_is_one_error() -> None:
     events = Spec().plan(decision=None)
     assert names(events) == ["PLAN_REJECTED", "ERROR_RECORDED"]
     assert only(events, PlanRejected).decision is None
+    assert only(Spec().plan(decision="D" * 50, kill_score=None), PlanRejected).decision == "D" * 32
 
 
 def test_a_malformed_entry_with_another_decision_is_no_error() -> None:
@@ -274,12 +288,12 @@ def test_plans_that_were_trimmed_are_lost_once_and_one_error() -> None:
     assert spec.state.counts.lost == 5
 
 
-def failed(spec: Spec, plan_id: str = "p", *, entry: str | None = None, **changed: str) -> tuple[Event, ...]:
+def failed(
+    spec: Spec, plan_id: str = "p", *, entry: str | None = None, error: str = "KeyError('x')", **changed: str
+) -> tuple[Event, ...]:
     fields, entry = plan_fields(plan_id=plan_id, **changed), entry or spec.entry()
     plan = parse_plan(fields, entry_id=entry, now=spec.now, needs_close_qty=False)
-    told = decider.fail(
-        spec.state, plan, spec.policy, spec.situation, fields=fields, error="KeyError('x')", settings=""
-    )
+    told = decider.fail(spec.state, plan, spec.policy, spec.situation, fields=fields, error=error, settings="")
     spec.fold(told.events)
     assert told.decision == (decision(told.events) if told.events else None)
     return told.events
@@ -300,6 +314,7 @@ def test_a_failed_evaluation_never_revokes_what_a_plan_id_got_before() -> None:
     spec = Spec().granted("p")
     assert decision(failed(spec, "p")).verdict == "SKIP"
     assert decision(failed(spec, "q", decision="SKIP")).verdict == "SKIP"
+    assert decision(failed(spec, "q")).verdict == "BLOCK"
     assert spec.state.plan("p") is not None
     assert len(spec.state.permits) == 1
 
@@ -539,6 +554,8 @@ def test_rearming_clears_the_errors() -> None:
 
 def test_a_long_error_is_cut() -> None:
     spec = Spec()
+    events = failed(spec, error="y" * 900)
+    assert (decision(events).error, only(events, ErrorRecorded).detail) == ("y" * 500, "y" * 500)
     (error,) = decider.record_error(spec.state, spec.policy, NOON, kind="x", detail="y" * 900)
     assert isinstance(error, ErrorRecorded)
     assert len(error.detail) == 500

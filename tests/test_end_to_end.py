@@ -377,6 +377,10 @@ def test_the_commands_answer_in_json(
         unknown = one.command("explain", "nobody", "--json")
         assert (unknown.returncode, json.loads(unknown.stdout)["known"]) == (1, False)
         assert [e["event"] for e in one.json("events", "--plan", "one")] == ["PLAN_RECEIVED", "DECISION"]
+        audit = one.json("replay")
+        assert (audit["decisions"], audit["differences"], audit["chain"]) == (1, [], "ok")
+        assert one.command("replay", "--expect-head", "1:00").returncode == 3
+        assert one.json("replay", "--at-seq", "1")["status"]["state"] == "ARMED"
         assert one.json("settings")["settings"]["BINANCE_TESTNET_API_SECRET"] == "(set)"
         assert SECRET not in one.log + one.command("settings").stdout + one.command("events").stdout
         assert one.json("status").keys() >= {"state", "since", "reason", "epoch", "seq", "symbols"}

@@ -173,6 +173,7 @@ def test_a_gate_that_alone_fails_gives_its_reason(gate: int, breaks: Break, why:
     checks, found = setup.evaluate()
     assert (signs(checks), found) == (answers, why)
     assert answers.count("-") == 1 or gate == 4
+    assert all(each.gate in row.names for each, row in zip(checks, TABLE, strict=True))
     assert found in TABLE[gate - 1].reasons
 
 
@@ -241,12 +242,46 @@ def test_without_credentials_the_exchange_is_never_asked_and_its_gates_do_not_ap
     assert not needs_market(setup.case())
 
 
-def test_a_stop_update_needs_no_exchange_data() -> None:
-    setup = Setup(market=None)
+@pytest.mark.parametrize("credentials", [True, False])
+def test_a_stop_update_needs_no_exchange_data(*, credentials: bool) -> None:
+    setup = Setup(market=None, policy={"credentials": credentials})
     setup.plan["action"] = "UPDATE_SL"
     checks, why = setup.evaluate()
     assert (signs(checks), why) == ("+++++++.....+", None)
+    assert all(each.gate in row.names for each, row in zip(checks, TABLE, strict=True))
     assert not needs_market(setup.case())
+
+
+def test_what_the_exchange_was_not_asked_for_is_not_evaluated() -> None:
+    setup = Setup(market=None)
+    setup.plan["close_qty"] = Decimal("0.01")
+    stale(setup)
+    checks, why = setup.evaluate()
+    assert (signs(checks), why) == ("++-++++.....+", "plan_stale")
+    assert all(each.gate in row.names for each, row in zip(checks, TABLE, strict=True))
+    assert setup.case().quantity is None
+
+
+def test_without_credentials_data_of_the_exchange_is_not_used() -> None:
+    setup = Setup(policy={"credentials": False})
+    setup.plan["close_qty"] = Decimal("0.001")
+    found = setup.case()
+    assert (found.position, found.quantity, found.notional) == (None, Decimal("0.001"), None)
+
+
+def test_without_credentials_an_unknown_action_has_no_quantity() -> None:
+    setup = Setup(policy={"credentials": False}, market=None)
+    setup.plan |= {"action": "BUY", "close_qty": Decimal("0.001")}
+    assert signs(setup.evaluate()[0]) == "+++-+++.....+"
+    assert setup.case().quantity is None
+
+
+def test_a_kill_score_that_is_not_there_is_as_bad_as_a_critical_one() -> None:
+    setup = Setup()
+    setup.plan |= {"action": "UPDATE_SL", "kill_score": None}
+    assert setup.evaluate()[1] == "kill_score_critical_non_close"
+    setup.policy["kill_score_critical"] = None
+    assert setup.evaluate()[1] is None
 
 
 def test_without_a_price_the_quantity_decides_and_the_total_over_all_symbols_cannot() -> None:

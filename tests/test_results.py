@@ -111,6 +111,18 @@ def test_an_execution_counted_again_counts_on_the_day_it_was_told() -> None:
     assert day.day == (NOON + 12 * HOUR) // DAY
 
 
+def test_a_result_that_tells_no_execution_neither_consumes_nor_counts_again() -> None:
+    failure = {"executed": "False", "decision": "ERROR"}
+    spec = Spec().granted("p1")
+    assert names(spec.result(**failure)) == ["EXECUTION", "ERROR_RECORDED"]
+    assert len(spec.state.permits) == 1
+    spec = expired()
+    assert only(spec.result(**failure), Execution).counted is False
+    assert spec.state.book("BTCUSDT").executions == ()
+    assert names(revoked().result(**failure))[:2] == ["EXECUTION", "ERROR_RECORDED"]
+    assert names(refused().result(**failure)) == TOLD
+
+
 @pytest.mark.parametrize(("past", "permit"), [(revoked, "revoked"), (refused, "none")], ids=["revoked", "refused"])
 def test_an_execution_nobody_permitted_disarms(past: Any, permit: str) -> None:
     spec = past().granted("other")
@@ -193,6 +205,20 @@ def test_an_execution_nobody_permitted_is_told_and_disarms_nothing_more_while_di
 def test_more_than_was_permitted_is_one_error(quantity: str | None, kinds: list[str]) -> None:
     events = consumed().result(steps_results=steps(quantity))
     assert [event.kind for event in events if isinstance(event, ErrorRecorded)] == kinds
+
+
+def test_without_a_permit_no_quantity_is_too_much() -> None:
+    events = refused().result(executed="False", error="x", steps_results=steps("5", status="error"))
+    assert names(events) == TOLD
+    assert only(events, Execution).executed_qty == Decimal(5)
+
+
+def test_what_follows_goes_by_the_last_event_when_the_clock_steps_back() -> None:
+    spec = refused(auto_disarm=False).after(-HOUR)
+    assert only(spec.result(), Throttled).until_us == NOON + 5 * MINUTE
+    spec = consumed(disarm_on_errors=2).after(-HOUR)
+    events = spec.result(steps_results=steps("0.02"))
+    assert only(events, Throttled).until_us == NOON + 59 * SECOND + 5 * MINUTE
 
 
 def test_the_quantities_of_all_steps_add_up() -> None:
@@ -302,6 +328,8 @@ def test_a_result_after_a_rearm_is_matched_to_the_permit_of_the_epoch_before() -
 def test_a_long_error_and_long_fields_are_cut() -> None:
     told = only(consumed().result(error="e" * 9000, steps_results="s" * 9000), Execution)
     assert told.error == "e" * 500
+    failed = consumed().result(error="e" * 9000, decision="ERROR")
+    assert only(failed, ErrorRecorded).detail == "e" * 500
     assert sum(len(name) + len(value) for name, value in told.fields.items()) == 4096
 
 

@@ -130,7 +130,7 @@ def test_the_state_is_written_when_it_changes(event: Event, state: str, reason: 
 
 def test_a_disarm_writes_its_lock_of_the_day() -> None:
     write = written(DISARM)[f"quantum:governor:disarm:{TODAY}"]
-    assert write.ttl_ms == DAY_MS
+    assert (write.op, write.ttl_ms) == ("set", DAY_MS)
     assert content(write) == {
         "reason": "burst_limit_breach",
         "context": {"symbol": "BTCUSDT", "exec_5min": 3, "limit": 2},

@@ -1,0 +1,336 @@
+"""The auditor: decides everything that was recorded again, from its recorded inputs, and compares.
+
+Three verdicts are told apart. Integrity: the chain holds. Completeness: no number is missing, and the history contains
+a head that was kept elsewhere. Agreement: what was decided is what the recorded plan, market data, settings and time
+lead to. Nothing is written, and no daemon is needed.
+
+An input (a plan, a result, the end of a permit …) is decided again on the state before it, by the same functions that
+decided it, and held against as many recorded events as that leads to. An event that only ever follows from an input
+and follows from none is a difference too. What was recorded is what is folded, so one difference stays one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from events import chain
+from events.codec import decode
+from events.types import (
+    Decision,
+    DisarmStarted,
+    Entry,
+    ErrorRecorded,
+    Event,
+    Execution,
+    Head,
+    PermitConsumed,
+    PermitExpired,
+    PermitRevoked,
+    PlanLost,
+    PlanReceived,
+    PlanRejected,
+    Rearmed,
+    Recorded,
+    Recovered,
+    SettingsLoaded,
+    Throttled,
+    UnpermittedExecution,
+)
+from governor import decider
+from governor.gates import Situation
+from governor.market import Market
+from governor.plans import MalformedPlanError, Plan, parse_plan
+from governor.policy import Policy, from_texts
+from governor.results import parse_result
+from projections.state import State, digest, evolve, initial
+
+NO_POLICIES: Mapping[str, Policy] = MappingProxyType({})
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """One field in which what was recorded is not what its inputs lead to."""
+
+    seq: int
+    plan_id: str | None
+    field: str
+    """Of the event, or `event` where there is one too many, too few, or another one."""
+    recorded: Any
+    computed: Any
+
+
+class Replay(msgspec.Struct, frozen=True, kw_only=True):
+    """What an audit found."""
+
+    events: int
+    plans: int
+    decisions: int
+    differences: tuple[Difference, ...]
+    chain: str | dict[str, Any]
+    """`ok`, or where it does not hold: `{"broken_at": seq, "problem": …}`. Nothing behind that was looked at."""
+    complete: bool
+    """False when the history does not contain the head that was expected."""
+    digest: str
+    """Of the state at the end."""
+    state: str
+    head: Head
+
+    @property
+    def clean(self) -> bool:
+        """Whether all three verdicts are good."""
+        return self.chain == "ok" and self.complete and not self.differences
+
+
+def replay(
+    entries: Iterable[Entry],
+    *,
+    key: bytes | None = None,
+    expect: Head | None = None,
+    until_us: int | None = None,
+    until_seq: int | None = None,
+    policies: Mapping[str, Policy] = NO_POLICIES,
+) -> tuple[Replay, State]:
+    """Audit a history.
+
+    Args:
+        entries: the stored events, from the first.
+        key: `GOV_AUDIT_KEY`, if the chain is keyed.
+        expect: a head that was kept elsewhere; the history must contain it.
+        until_us: stop before the first event later than this (microseconds).
+        until_seq: stop after this event.
+        policies: by digest, in place of what SETTINGS_LOADED recorded under it.
+
+    Returns:
+        What was found, and the state at the end.
+    """
+    auditor = Auditor(key=key, expect=expect, until_us=until_us, until_seq=until_seq, policies=policies)
+    auditor.feed(entries)
+    return auditor.finish()
+
+
+class Auditor:
+    """The same a page at a time, for histories that should not be held in memory. Arguments as for `replay`."""
+
+    def __init__(
+        self,
+        *,
+        key: bytes | None = None,
+        expect: Head | None = None,
+        until_us: int | None = None,
+        until_seq: int | None = None,
+        policies: Mapping[str, Policy] = NO_POLICIES,
+    ) -> None:
+        self.seq = 0
+        """The last event that was looked at."""
+        self._key, self._expect = key, expect
+        self._until_us, self._until_seq = until_us, until_seq
+        self._audit = _Audit(policies)
+        self._head = chain.GENESIS
+        self._seen = expect is None or expect.seq == 0
+        self._broken: str | dict[str, Any] = "ok"
+        self._stopped = False
+
+    def feed(self, entries: Iterable[Entry]) -> bool:
+        """The next entries. False when nothing behind them needs to be looked at."""
+        try:
+            for entry in chain.verify(entries, after=self._head, key=self._key):
+                recorded = decode(entry)
+                if self._beyond(recorded):
+                    self._stopped = True
+                    return False
+                self._head = Head(entry.seq, entry.hash)
+                self._seen = self._seen or self._head == self._expect
+                self._audit.take(recorded)
+                self.seq = entry.seq
+        except chain.ChainError as error:
+            self._broken = {"broken_at": error.seq, "problem": error.problem}
+        except ValueError as error:
+            self._broken = {"broken_at": self.seq + 1, "problem": str(error)}
+        return self._broken == "ok"
+
+    def finish(self) -> tuple[Replay, State]:
+        """What was found, and the state at the end."""
+        # A history that is stopped on purpose may stop between an input and what followed from it.
+        self._audit.finish(compared=not self._stopped)
+        state = self._audit.state
+        found = Replay(
+            events=state.seq,
+            plans=state.counts.plans,
+            decisions=self._audit.decisions,
+            differences=tuple(self._audit.differences),
+            chain=self._broken,
+            complete=self._seen,
+            digest=digest(state),
+            state=state.mode.state,
+            head=Head(state.seq, state.hash),
+        )
+        return found, state
+
+    def _beyond(self, recorded: Recorded) -> bool:
+        return (self._until_us is not None and recorded.at > self._until_us) or (
+            self._until_seq is not None and recorded.seq > self._until_seq
+        )
+
+
+def decide_again(  # noqa: C901, PLR0911, PLR0912 - one case an event
+    state: State, first: Recorded, second: Event | None, policies: Mapping[str, Policy]
+) -> Sequence[Event]:
+    """The events an input leads to, by the recorded inputs. Empty: it could not have happened.
+
+    Args:
+        state: before the input.
+        first: the input.
+        second: what was recorded next: a plan's decision, which holds the market data.
+        policies: by the digest their SETTINGS_LOADED has.
+    """
+    at, event = first.at, first.event
+    policy = policies.get(state.settings.digest if state.settings is not None else "", Policy())
+    match event:
+        case PlanReceived():
+            if not isinstance(second, Decision) or second.plan_id != event.plan_id:
+                return ()
+            return _plan(state, event, second, policies.get(second.settings, policy), at)
+        case PlanRejected():
+            return _rejected(state, event, policy, at)
+        case PlanLost():
+            return decider.lose(state, event.entry_ids, policy, at, count=event.count)
+        case Execution():
+            result = parse_result(event.fields, entry_id=event.entry_id)
+            return decider.execution(state, result, policy, at, fields=event.fields)
+        case PermitExpired():
+            return decider.take_back(state, event.plan_id, gone=False, now=at)
+        case PermitConsumed(source="observed" | "assumed"):
+            return decider.take_back(state, event.plan_id, gone=True, now=at)
+        case Recovered():
+            return decider.tick(state, at)
+        case DisarmStarted(manual=True):
+            operator = event.operator or ""
+            return decider.disarm_by_hand(state, reason=event.reason, operator=operator, apply_mode=None)
+        case Rearmed():
+            try:
+                return decider.rearm(
+                    state, reason=event.reason, operator=event.operator, force=event.forced, halt=False
+                )
+            except decider.RearmRefusedError:
+                return ()
+        case (
+            Decision() | DisarmStarted() | PermitRevoked() | PermitConsumed() | ErrorRecorded() | Throttled()
+            | UnpermittedExecution()
+        ):  # fmt: skip
+            return ()  # these only follow
+        case _:
+            return (event,)  # settings, proofs and what was done about history come from outside
+
+
+def _plan(state: State, received: PlanReceived, decision: Decision, policy: Policy, at: int) -> Sequence[Event]:
+    situation = Situation(
+        now=at,
+        apply_mode=decision.apply_mode,
+        halt=decision.halt,
+        history="quarantined" if decision.history == "quarantined" else "whole",
+    )
+    fields, settings = received.fields, decision.settings
+    try:
+        plan: Plan = parse_plan(fields, entry_id=received.entry_id, now=at, needs_close_qty=not policy.credentials)
+        if decision.reason == "evaluation_error":
+            error = decision.error or ""
+            return decider.fail(state, plan, policy, situation, fields=fields, error=error, settings=settings).events
+        return decider.decide(
+            state, plan, _market(decision), policy, situation, fields=fields, settings=settings
+        ).events
+    except (MalformedPlanError, decider.MarketNeededError):
+        return ()
+
+
+def _market(decision: Decision) -> Market | None:
+    if not decision.asked:
+        return None
+    return Market(
+        legs=decision.legs,
+        mark_price=decision.mark_price,
+        position_error=decision.position_error,
+        price_error=decision.price_error,
+    )
+
+
+def _rejected(state: State, event: PlanRejected, policy: Policy, at: int) -> Sequence[Event]:
+    asks = policy.credentials
+    try:
+        parse_plan(event.fields, entry_id=event.entry_id, now=at, needs_close_qty=not asks)
+    except MalformedPlanError as problem:
+        return decider.reject(state, problem, policy, Situation(now=at), fields=event.fields, entry_id=event.entry_id)
+    return ()
+
+
+class _Audit:
+    """Holds back what is recorded until its input can be decided again; compares; folds."""
+
+    def __init__(self, policies: Mapping[str, Policy]) -> None:
+        self.state = initial()
+        self.differences: list[Difference] = []
+        self.decisions = 0
+        self._policies = dict(policies)
+        self._waiting: deque[Recorded] = deque()
+        self._computed: Sequence[Event] | None = None
+
+    def take(self, recorded: Recorded) -> None:
+        """One more recorded event."""
+        event = recorded.event
+        self.decisions += isinstance(event, Decision)
+        if isinstance(event, SettingsLoaded):
+            self._policies.setdefault(event.digest, from_texts(event.settings, event.limits))
+        self._waiting.append(recorded)
+        self._settle(last=False)
+
+    def finish(self, *, compared: bool) -> None:
+        """There is no more: settle what still waits, or only fold it."""
+        if compared:
+            self._settle(last=True)
+        for recorded in self._waiting:
+            evolve(self.state, recorded)
+        self._waiting.clear()
+
+    def _settle(self, *, last: bool) -> None:
+        while self._waiting:
+            first = self._waiting[0]
+            if self._computed is None:
+                if isinstance(first.event, PlanReceived) and len(self._waiting) == 1 and not last:
+                    return
+                second = self._waiting[1].event if len(self._waiting) > 1 else None
+                self._computed = decide_again(self.state, first, second, self._policies)
+            if len(self._waiting) < len(self._computed) and not last:
+                return
+            found, taken = compare(list(self._waiting)[: max(1, len(self._computed))], self._computed)
+            self.differences += found
+            for _ in range(taken):
+                evolve(self.state, self._waiting.popleft())
+            self._computed = None
+
+
+def compare(recorded: Sequence[Recorded], computed: Sequence[Event]) -> tuple[list[Difference], int]:
+    """Field by field, event by event, up to the first event that is another one.
+
+    Returns:
+        The differences, and how many recorded events they cover: at least one.
+    """
+    found: list[Difference] = []
+    for index, (seq, _, was, _) in enumerate(recorded):
+        now = computed[index] if index < len(computed) else None
+        plan_id = getattr(was, "plan_id", None)
+        if now is None or type(was) is not type(now):
+            name = None if now is None else now.NAME
+            found.append(Difference(seq=seq, plan_id=plan_id, field="event", recorded=was.NAME, computed=name))
+            return found, max(1, index)
+        found += [
+            Difference(seq=seq, plan_id=plan_id, field=name, recorded=old, computed=new)
+            for name in was.__struct_fields__
+            if (old := getattr(was, name)) != (new := getattr(now, name))
+        ]
+    if len(computed) > len(recorded):
+        missing = computed[len(recorded)].NAME
+        found.append(Difference(seq=recorded[-1].seq, plan_id=None, field="event", recorded=None, computed=missing))
+    return found, len(recorded)
