@@ -181,9 +181,9 @@ def explain(plan_id: str, *, as_json: bool) -> None:
 def replay(*, at: str | None, at_seq: int | None, expect_head: str | None, show_all: bool, as_json: bool) -> None:
     """Audit: decide every recorded plan again from its recorded inputs, and compare.
 
-    Tells three verdicts apart: integrity (the hash chain), completeness (no gaps; the history contains a head that was
-    kept elsewhere), agreement (every decision follows from its inputs). Writes nothing and needs no daemon. With --at or
-    --at-seq the state as it was is printed as by `status`.
+    Tells three verdicts apart: integrity (the hash chain), completeness (no gaps; the history contains a head that
+    was kept elsewhere), agreement (every decision follows from its inputs). Writes nothing and needs no daemon. With
+    --at or --at-seq the state as it was is printed as by `status`.
     """
 
     async def work() -> int:

@@ -58,7 +58,7 @@ def _steps(text: str) -> list[dict[str, object]]:
 
 def _quantity(value: object) -> Decimal | None:
     try:
-        return None if value is None or isinstance(value, bool) else parse(str(value)).copy_abs()
+        return parse(str(value)).copy_abs()
     except ValueError:
         return None
 

@@ -413,6 +413,7 @@ async def test_a_permit_that_is_still_there_was_not_consumed() -> None:
         await it.propose(take_back("p1", gone=True))
     await it.propose(take_back("p1", gone=False))
     assert names(store)[-1] == "PERMIT_EXPIRED"
+    assert store.commits[-1].writes[0] == Write("del", PERMIT)
     assert store.get(PERMIT) is None
 
 

@@ -35,6 +35,10 @@ def test_a_plan_is_read_from_its_fields_and_its_entrys_id() -> None:
     )
 
 
+def test_an_empty_position_side_is_none() -> None:
+    assert parse(position_side="").position_side is None
+
+
 def test_the_close_quantity_is_read_only_where_it_is_used() -> None:
     assert parse(close_qty="0.010", needs_close_qty=True).close_qty == Decimal("0.01")
     assert parse(close_qty="nonsense").close_qty is None

@@ -3,6 +3,7 @@
 from decimal import Decimal
 from itertools import pairwise
 
+import msgspec
 import pytest
 
 from events.chain import GENESIS
@@ -310,7 +311,7 @@ def test_a_block_and_a_skip_are_remembered_and_hold_no_place() -> None:
     blocked, skipped = state.plan("a"), state.plan("b")
     assert blocked is not None
     assert skipped is not None
-    assert (blocked.decided, skipped.decided) == (True, False)
+    assert (blocked.verdict, blocked.decided, skipped.verdict, skipped.decided) == ("BLOCK", True, "SKIP", False)
     assert (state.counts.blocked, state.counts.skipped, state.counts.allowed) == (1, 1, 0)
     assert state.book("BTCUSDT").executions == ()
 
@@ -540,6 +541,17 @@ def test_the_digest_sees_every_part_of_the_state(change: Event) -> None:
     start = (received(), decided())
     plain = UnpermittedExecution(plan_id="p", symbol="S", entry_id="1-1", permit="none")
     assert digest(state_after(*start, change)) != digest(state_after(*start, plain))
+
+
+def test_the_digest_sees_what_became_of_a_permit_while_the_plan_is_remembered() -> None:
+    one, two = (state_after(decided(), executed(counted=False)) for _ in range(2))
+    plan = two.plan("p1")
+    assert plan is not None
+    two.plans.set("p1", msgspec.structs.replace(plan, permit="revoked"))
+    assert digest(one) != digest(two)
+    for state in (one, two):
+        state_after(Recovered(), at=NOON + 25 * HOUR, state=state)
+    assert digest(one) == digest(two)
 
 
 def test_reservations_expire_later_than_they_begin() -> None:

@@ -92,7 +92,9 @@ def test_an_execution_with_an_expired_permit_is_counted_again_and_one_error() ->
 def test_an_execution_counted_again_is_counted_once_only() -> None:
     spec = expired()
     spec.result()
-    assert names(spec.result()) == TOLD
+    again = spec.result()
+    assert names(again) == TOLD
+    assert only(again, Execution).permit == "consumed"
     assert len(spec.state.book("BTCUSDT").executions) == 1
 
 
@@ -146,9 +148,10 @@ def test_a_plan_that_was_only_skipped_was_never_permitted() -> None:
 
 def test_an_execution_of_an_unknown_plan_younger_than_our_first_event_disarms() -> None:
     spec = Spec().given(LOADED).after(MINUTE)
-    events = spec.result("never-seen")
+    events = spec.result("never-seen", symbol="ETHUSDT")
     assert names(events) == [*AROUND, "DISARM_STARTED"]
-    assert only(events, UnpermittedExecution).permit == "unknown"
+    told = only(events, UnpermittedExecution)
+    assert (told.permit, told.symbol) == ("unknown", "ETHUSDT")
 
 
 @pytest.mark.parametrize(("age", "follows"), [(MINUTE - 1000, AROUND), (MINUTE, TOLD), (DAY, TOLD)])
@@ -388,6 +391,11 @@ def test_a_result_matters_when_it_tells_an_execution_or_an_error(
     matters: bool,  # noqa: FBT001
 ) -> None:
     assert parse_result(fields, entry_id="1-1").matters is matters
+
+
+def test_long_names_are_cut() -> None:
+    found = parse_result(dict.fromkeys(("plan_id", "symbol", "decision"), "x" * 200), entry_id="1-1")
+    assert (found.plan_id, found.symbol, found.decision) == ("x" * 128, "x" * 32, "x" * 32)
 
 
 def test_an_empty_result_is_read() -> None:
