@@ -5,7 +5,8 @@
 -- types of the other streams were looked at). Out of memory and lost replicas are refused at the first write.
 --
 -- KEYS: event stream, emergency brake, one a requirement, one a write, one a stream to acknowledge on
--- ARGV: expected seq, expected hash, grants (0|1), counts of requirements, entries, writes, acknowledgements, then
+-- ARGV: expected seq, expected hash, until when it may grant permits (server time in us; 0: it grants none), counts of
+--   requirements, entries, writes, acknowledgements, then
 --   requirement: present (0|1)
 --   entry:       id, number of strings, field, value …
 --   write:       set|del|list, ttl in ms (0: none), number of values, value …
@@ -52,7 +53,10 @@ if seq ~= expected_seq or hash ~= expected_hash then return {'CONFLICT', seq, ha
 for i = 1, requirements do
   if redis.call('EXISTS', take_key()) ~= tonumber(take()) then return {'REQUIREMENT', tostring(i - 1), ''} end
 end
-if grants == '1' then
+if grants ~= '0' then
+  -- A commit can lie in a frozen connection; a permit must not outlive the data it was decided on.
+  local time = redis.call('TIME')
+  if tonumber(time[1]) * 1000000 + tonumber(time[2]) > tonumber(grants) then return {'LATE', '', ''} end
   local brake = redis.call('TYPE', halt).ok
   if brake ~= 'none' then return {'HALTED', brake == 'string' and redis.call('GET', halt) or '', ''} end
 end
@@ -67,7 +71,8 @@ for _ = 1, entries do
   local id = take()
   redis.call('XADD', events, id, unpack(take_some(tonumber(take()))))
 end
-for _ = 1, writes do
+local gone = {'OK'}
+for i = 1, writes do
   local name, op, ttl = take_key(), take(), tonumber(take())
   local values = take_some(tonumber(take()))
   if op == 'set' and ttl > 0 then
@@ -75,7 +80,7 @@ for _ = 1, writes do
   elseif op == 'set' then
     redis.call('SET', name, values[1])
   else
-    redis.call('DEL', name)
+    if redis.call('DEL', name) == 0 and op == 'del' then gone[#gone + 1] = tostring(i - 1) end
     if op == 'list' and #values > 0 then
       call_with_many(values, 'RPUSH', name)
       if ttl > 0 then redis.call('PEXPIRE', name, ttl) end
@@ -86,4 +91,4 @@ for _ = 1, acknowledgements do
   local name, group = take_key(), take()
   call_with_many(take_some(tonumber(take())), 'XACK', name, group)
 end
-return {'OK', '', ''}
+return gone

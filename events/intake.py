@@ -8,6 +8,7 @@ pending (id 0), then what is new (`>`); a lost reply would otherwise reorder pla
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import redis.asyncio
@@ -15,6 +16,7 @@ import redis.exceptions
 
 from events.store import StoreError, UnavailableError
 
+FIELDS, FIELD_BYTES = 256, 70_000
 GROUP = "governor"
 CONSUMER = "governor"
 
@@ -110,7 +112,10 @@ def _deliveries(reply: Any) -> list[Delivery]:
 
 
 def _fields(fields: Any) -> dict[str, str] | None:
-    return {_text(name): _text(value) for name, value in fields.items()} if fields else None
+    """Fields as text, cut far behind what an event keeps, so that what waits stays bounded."""
+    if not fields:
+        return None
+    return {_text(name[:FIELD_BYTES]): _text(value[:FIELD_BYTES]) for name, value in islice(fields.items(), FIELDS)}
 
 
 def _text(raw: bytes | str) -> str:

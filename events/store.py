@@ -15,6 +15,7 @@ Errors:
      ├─ ConflictError        the head moved; nothing was written
      ├─ RequirementError     a key that should be there is gone, or the other way round; nothing was written
      ├─ HaltedError          the emergency brake is set and the commit grants permits; nothing was written
+     ├─ LateError            it grants permits and came too late for that; nothing was written
      ├─ RefusedError         the server cannot write now (memory, replica, disk); nothing was written
      └─ UnavailableError     no server, or no answer: the outcome is unknown
 """
@@ -83,6 +84,10 @@ class HaltedError(StoreError):
         self.value = value
 
 
+class LateError(StoreError):
+    """The commit grants permits and reached the server after the time until which it may."""
+
+
 class RefusedError(StoreError):
     """The server refused to write."""
 
@@ -125,13 +130,19 @@ class Commit(NamedTuple):
     acks: Sequence[Ack] = ()
     grants: bool = False
     """Whether it grants a permit, and so must be refused while the emergency brake is set."""
+    not_after_us: int = 1 << 52
+    """Server time, microseconds, after which it must not grant any more."""
 
 
 class EventStore(Protocol):
     """What the rest of the program knows of a store."""
 
-    async def commit(self, commit: Commit) -> None:
-        """All of it or nothing. Raises one of StoreError."""
+    async def commit(self, commit: Commit) -> frozenset[str]:
+        """All of it or nothing. Raises one of StoreError.
+
+        Returns:
+            The keys it was to delete that were not there.
+        """
         ...
 
     async def head(self) -> Head:
@@ -148,6 +159,10 @@ class EventStore(Protocol):
 
     async def values(self, *keys: str) -> list[bytes | None]:
         """Values of string keys, None where there is none."""
+        ...
+
+    async def exists(self, key: str) -> bool:
+        """Whether a key is there, of whatever type."""
         ...
 
     async def write(self, writes: Sequence[Write]) -> None:
@@ -201,14 +216,16 @@ class RedisStore:
         self._halt = halt
         self._sha: str | None = None
 
-    async def commit(self, commit: Commit) -> None:
+    async def commit(self, commit: Commit) -> frozenset[str]:
         if not commit.entries and (commit.requires or commit.grants):
             raise ValueError("a commit without events has nothing to protect")
         keys, arguments = self._pack(commit)
         reply = await self._evaluate(keys, arguments)
         match reply[0]:
             case b"OK":
-                return
+                return frozenset(commit.writes[int(index)].key for index in reply[1:])
+            case b"LATE":
+                raise LateError("the commit reached the server too late to grant a permit")
             case b"CONFLICT":
                 raise ConflictError(commit.expected, _head_of(reply[1], reply[2]))
             case b"REQUIREMENT":
@@ -246,6 +263,9 @@ class RedisStore:
                     if write.ttl_ms:
                         await self._call("PEXPIRE", write.key, write.ttl_ms)
 
+    async def exists(self, key: str) -> bool:
+        return bool(await self._call("EXISTS", key))
+
     async def clock(self) -> int:
         seconds, micros = await self._call("TIME")
         return int(seconds) * 1_000_000 + int(micros)
@@ -258,7 +278,8 @@ class RedisStore:
         keys += [require.key for require in commit.requires]
         keys += [write.key for write in commit.writes]
         keys += [stream for stream, _ in acks]
-        arguments: list[str | bytes | int] = [commit.expected.seq, commit.expected.hash, int(commit.grants)]
+        arguments: list[str | bytes | int] = [commit.expected.seq, commit.expected.hash]
+        arguments.append(commit.not_after_us if commit.grants else 0)
         arguments += [len(commit.requires), len(commit.entries), len(commit.writes), len(acks)]
         arguments += [int(require.present) for require in commit.requires]
         for entry in commit.entries:
@@ -337,7 +358,7 @@ class MemoryStore:
         self._keys.pop(key, None)
         return there
 
-    async def commit(self, commit: Commit) -> None:
+    async def commit(self, commit: Commit) -> frozenset[str]:
         if not commit.entries and (commit.requires or commit.grants):
             raise ValueError("a commit without events has nothing to protect")
         actual = await self.head()
@@ -346,13 +367,20 @@ class MemoryStore:
         for index, require in enumerate(commit.requires):
             if (self.get(require.key) is not None) != require.present:
                 raise RequirementError(index, require.key)
+        if commit.grants and await self.clock() > commit.not_after_us:
+            raise LateError("the commit reached the server too late to grant a permit")
         if commit.grants and (brake := self.get(self._halt)) is not None:
             raise HaltedError(brake[0].decode(errors="replace"))
         self.entries += commit.entries
-        await self.write(commit.writes)
+        gone = set()
+        for write in commit.writes:
+            if write.op == "del" and self.get(write.key) is None:
+                gone.add(write.key)
+            await self.write([write])
         self.acknowledged.update(commit.acks)
         if commit.entries:
             self._grown.set()
+        return frozenset(gone)
 
     async def head(self) -> Head:
         return Head(self.entries[-1].seq, self.entries[-1].hash) if self.entries else GENESIS
@@ -374,6 +402,9 @@ class MemoryStore:
     async def values(self, *keys: str) -> list[bytes | None]:
         held = [self.get(key) for key in keys]
         return [value[0] if value else None for value in held]
+
+    async def exists(self, key: str) -> bool:
+        return self.get(key) is not None
 
     async def clock(self) -> int:
         return int(self._now_ms()) * 1000

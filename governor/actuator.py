@@ -148,7 +148,7 @@ class Actuator:
         service: str,
         clock: Callable[[], int],
         systemctl: str = "systemctl",
-        timeout_s: float = 30,
+        timeout_s: float = 10,
     ) -> None:
         self.config_path = config_path
         self.service = service
@@ -281,6 +281,7 @@ class Actuator:
                 f"systemctl restart {self.service} {answer.told()}; the file says {DRY_RUN}, {_state(shown)}: look at "
                 f"systemctl status {self.service}",
             )
+        seen["notes"] = (*seen.get("notes", ()), *_doubts(self.service, shown))
         return shown.environment_files
 
     def _verify_file(self, seen: dict[str, Any]) -> bytes:
@@ -394,6 +395,15 @@ def _shown(text: str) -> _Shown:
         int(pid) if pid.isdecimal() and int(pid) > 0 else None,
         tuple(value.partition(" (ignore_errors=")[0] for name, _, value in lines if name == "EnvironmentFiles"),
     )
+
+
+def _doubts(service: str, shown: _Shown) -> tuple[str, ...]:
+    """What a restart that reported success leaves open."""
+    if shown.active_state in {"failed", "inactive"}:
+        return (f"{service} is {shown.active_state} after its restart: it does not trade, nor does it run in dry run",)
+    if shown.invocation is None:
+        return (f"systemctl tells nothing of {service}: that it restarted could not be verified",)
+    return ()
 
 
 def _state(shown: _Shown) -> str:

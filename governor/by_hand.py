@@ -64,6 +64,8 @@ async def rearm(settings: Settings, *, reason: str, operator: str, force: bool) 
     """
     async with _connected(settings) as ledger:
         await ledger.open()
+        if not ledger.state.seq:
+            return {"code": 1, "state": None, "epoch": None, "message": f"refused: {nothing_here(settings)}"}
         (halt,) = await ledger.store.values(ledger.keys.halt)
         was = ledger.state.mode
         outcome = await ledger.propose(
@@ -87,6 +89,14 @@ async def rearm(settings: Settings, *, reason: str, operator: str, force: bool) 
                 f"set APPLY_MODE in {settings.apply_config_path} and restart {settings.apply_service}."
             ),
         }
+
+
+def nothing_here(settings: Settings) -> str:
+    """What to tell where there is no event at all."""
+    return (
+        f"no event in database {settings.redis_db} of {settings.redis_host}:{settings.redis_port} "
+        f"under the prefix {settings.key_prefix!r}: no daemon has ever run here"
+    )
 
 
 async def _finish(ledger: Ledger, actuator: Actuator, settings: Settings) -> None:
@@ -119,9 +129,12 @@ def _told(ledger: Ledger, operator: str) -> dict[str, Any]:
         "code": 0 if done else 1,
     }
     if done:
-        return told | {
-            "message": f"DISARMED, epoch {mode.epoch}. The Apply Layer is in dry run, restarted and verified."
-        }
+        notes = held.notes if held is not None else ()
+        proven = "Not verified: " + "; ".join(notes) + "." if notes else "Both were verified."
+        message = (
+            f"DISARMED, epoch {mode.epoch}. The Apply Layer's file says dry run, its service was restarted. {proven}"
+        )
+        return told | {"notes": list(notes), "message": message}
     why = (held.error if held is not None else None) or "nobody has carried it out yet"
     return told | {
         "message": f"DISARMED, epoch {mode.epoch}: no permits. BUT THE APPLY LAYER IS NOT PROVEN TO BE IN DRY RUN: "
@@ -154,7 +167,11 @@ async def _without_redis(
             f"Redis is not reachable ({error}) AND THE APPLY LAYER COULD NOT BE FORCED TO DRY RUN: {problem}. {kept}"
         )
     else:
-        message = f"The Apply Layer is in dry run, restarted and verified. Redis is not reachable ({error}). {kept}"
+        open_ = " Not verified: " + "; ".join(proof.notes) + "." if proof.notes else ""
+        message = (
+            f"The Apply Layer's file says dry run, its service was restarted.{open_} "
+            f"Redis is not reachable ({error}). {kept}"
+        )
     return told | {"done": proof is not None, "message": message}
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -26,13 +27,21 @@ CODES = (
     "4 Redis not reachable, 78 bad settings."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-reason_option = click.option("--reason", required=True, metavar="TEXT", help="Why. It is recorded.")
+
+
+def _reason(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value.strip():
+        raise click.BadParameter("say why; it is recorded")
+    return value.strip()[:500]
+
+
+reason_option = click.option("--reason", required=True, metavar="TEXT", callback=_reason, help="Why. It is recorded.")
 
 
 @click.group(epilog=CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="quantum-governor")
 def main() -> None:
-    r"""The last gate before a trading bot's orders.
+    """The last gate before a trading bot's orders.
 
     Settings come from the environment; `governor settings` shows the effective ones.
 
@@ -71,7 +80,7 @@ def demo(*, seconds: float | None, speed: float, directory: str, port: int, svg:
     try:
         from governor import demo as the_demo  # noqa: PLC0415
     except ImportError as error:
-        _fail(f"the demo needs the extra packages: pip install 'quantum-governor[demo]' ({error})", FAILED)
+        _fail(f"the demo needs the packages of the extra 'demo': pip install '.[demo]' ({error})", FAILED)
     code = the_demo.main(directory=directory, port=port, seconds=seconds, speed=speed, svg=svg, as_json=as_json)
     sys.exit(code)
 
@@ -89,9 +98,15 @@ def status(*, as_json: bool) -> None:
         async with _ledger(settings) as ledger:
             (halt,) = await ledger.store.values(ledger.keys.halt)
             told = views.describe(ledger.state, views.policy_of(ledger.state, settings.policy), now())
+        if not ledger.state.seq:
+            told |= {"state": None, "since": None, "epoch": None}
         told["halted"] = None if halt is None else halt.decode(errors="replace")
         if as_json:
             _print_json(told)
+        elif told["state"] is None:
+            from governor.by_hand import nothing_here  # noqa: PLC0415
+
+            click.echo(nothing_here(settings))
         else:
             _print_status(told)
         return DONE if told["state"] in ("ARMED", "THROTTLED") else DIFFERS
@@ -101,7 +116,14 @@ def status(*, as_json: bool) -> None:
 
 @main.command()
 @click.option("--follow", "-f", is_flag=True, help="Go on as new ones come.")
-@click.option("--limit", "-n", default=50, show_default=True, help="How many of the last ones; 0 for all.")
+@click.option(
+    "--limit",
+    "-n",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="How many of the last ones; 0 for all.",
+)
 @click.option("--name", multiple=True, metavar="EVENT", help="Only events of this name (repeatable).")
 @click.option("--plan", metavar="PLAN_ID", help="Only events of this plan.")
 @click.option("--symbol", help="Only events of this symbol.")
@@ -113,6 +135,10 @@ def events(
 
     async def work() -> int:
         from events.codec import decode  # noqa: PLC0415
+        from events.types import BY_NAME  # noqa: PLC0415
+
+        if unknown := sorted(set(name) - BY_NAME.keys()):
+            raise click.BadParameter(f"{unknown[0]!r}, expected one of {', '.join(BY_NAME)}", param_hint="--name")
 
         def wanted(recorded: Recorded) -> bool:
             event = recorded.event
@@ -249,7 +275,7 @@ def disarm(reason: str, *, as_json: bool) -> None:
     async def work() -> int:
         from governor import by_hand  # noqa: PLC0415
 
-        told = await by_hand.disarm(_settings(logs=True), reason=reason, operator=_operator())
+        told = await by_hand.disarm(_settings(logs=True, stopping=True), reason=reason, operator=_operator())
         if as_json:
             _print_json(told)
         else:
@@ -285,11 +311,11 @@ def rearm(reason: str, *, force: bool, as_json: bool) -> None:
 # -- what they share ---------------------------------------------------------------------------------------------
 
 
-def _settings(*, logs: bool = False) -> Settings:
-    from governor.settings import SettingsError, load  # noqa: PLC0415
+def _settings(*, logs: bool = False, stopping: bool = False) -> Settings:
+    from governor.settings import SettingsError, load, load_for_stop  # noqa: PLC0415
 
     try:
-        settings = load(os.environ)
+        settings = (load_for_stop if stopping else load)(os.environ)
     except SettingsError as error:
         _fail(str(error), BAD_SETTINGS)
     if logs:
@@ -462,4 +488,5 @@ def _moment(text: str, now_us: int) -> int:
 
 
 def _of(pair: dict[str, Any]) -> str:
-    return f"{pair['used']}/{'off' if pair['limit'] is None else pair['limit']}"
+    limit = pair["limit"]
+    return f"{Decimal(pair['used']):f}/{'off' if limit is None else format(Decimal(limit), 'f')}"

@@ -304,6 +304,15 @@ def take_back(state: State, plan_id: str, *, gone: bool, now: int) -> tuple[Even
     return (PermitConsumed(plan_id=plan_id, symbol=reservation.symbol, source=source),)
 
 
+def correct_revoked(state: State, plan_ids: Iterable[str]) -> list[Event]:
+    """Permits a disarm was to delete and did not find: they had been consumed before it."""
+    return [
+        PermitConsumed(plan_id=plan_id, symbol=plan.symbol, source="observed")
+        for plan_id in plan_ids
+        if (plan := state.plan(plan_id)) is not None and plan.permit == "revoked"
+    ]
+
+
 def disarm_by_hand(state: State, *, reason: str, operator: str, apply_mode: str | None) -> list[Event]:
     """A person disarms. Nothing follows while a disarm is under way, or done with the file still at dry run."""
     disarm = state.mode.disarm

@@ -7,12 +7,15 @@ first, so one disarm touches the file and the service once, and a start after a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import structlog
 
+from events.store import StoreError
 from events.types import AutoDisarm, DisarmFailed, DisarmStarted, Event, ManualDisarm
 from governor.actuator import Actuator, ActuatorError, Proof
 from governor.decider import ACTION_TAKEN, disarm_by_hand
@@ -21,6 +24,9 @@ from projections.state import Disarm, State
 
 log = structlog.get_logger("governor.disarm")
 
+STORE_S = 2.0
+"""The effect does not wait longer than this for the store, nor does the lock beside the file."""
+T = TypeVar("T")
 BACK_OFF_S = (2.0, 4.0, 8.0, 15.0)
 """Waits after a failed attempt; the last one from then on."""
 
@@ -44,21 +50,35 @@ async def carry_out(
     submit: Callable[[Propose], Awaitable[Outcome]],
     refresh: Callable[[], Awaitable[None]],
 ) -> bool | None:
-    """One attempt at the pending disarm.
+    """One attempt at the pending disarm. The store is waited for, but not for long: the effect is what counts.
 
     Returns:
         True when it is done (by anyone), False when it failed, None when somebody else is at it.
     """
-    try:
+    loop = asyncio.get_running_loop()
+
+    def wait_for(work: Awaitable[Any]) -> None:
+        with contextlib.suppress(TimeoutError, StoreError):  # without the store, what is known has to do
+            asyncio.run_coroutine_threadsafe(_awaited(work), loop).result(STORE_S)
+
+    def attempt() -> bool | None:
+        # The lock belongs to this thread, so that it outlives a caller who is cancelled in the middle.
         with actuator.locked() as taken:
             if not taken:
                 return None
-            await refresh()
+            wait_for(refresh())
             disarm = pending(ledger.state)
             if disarm is None:
                 return True
-            proof = msgspec.to_builtins(await asyncio.to_thread(actuator.force_dry_run))
-            await submit(_only_while_pending(disarm.epoch, proven(disarm, proof)))
+            proof = msgspec.to_builtins(actuator.force_dry_run())
+            log.warning(
+                "disarmed", reason=disarm.reason, epoch=disarm.epoch, action_taken=ACTION_TAKEN, **_short(proof)
+            )
+            wait_for(submit(_only_while_pending(disarm.epoch, proven(disarm, proof))))
+            return True
+
+    try:
+        return await in_thread(attempt)
     except (ActuatorError, OSError) as error:
         disarm = pending(ledger.state)
         if disarm is None:
@@ -66,10 +86,34 @@ async def carry_out(
         step = error.step if isinstance(error, ActuatorError) else "unexpected"
         log.error("disarm failed", reason=disarm.reason, epoch=disarm.epoch, step=step, error=str(error))
         failed = DisarmFailed(epoch=disarm.epoch, attempt=disarm.attempts + 1, step=step, error=str(error)[:500])
-        await submit(_only_while_pending(disarm.epoch, failed))
+        with contextlib.suppress(TimeoutError, StoreError):
+            await asyncio.wait_for(submit(_only_while_pending(disarm.epoch, failed)), STORE_S)
         return False
-    log.warning("disarmed", reason=disarm.reason, epoch=disarm.epoch, action_taken=ACTION_TAKEN, **_short(proof))
-    return True
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Like `asyncio.to_thread`, but a process that ends does not wait for a systemctl that hangs."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(setter: Callable[[Any], None], value: Any) -> None:
+        if not done.done():
+            setter(value)
+
+    def run() -> None:
+        try:
+            outcome: tuple[Callable[[Any], None], Any] = (done.set_result, work())
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            outcome = (done.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+            loop.call_soon_threadsafe(tell, *outcome)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
 
 
 def proven(disarm: Disarm, proof: dict[str, Any]) -> Event:
@@ -88,10 +132,16 @@ def proven(disarm: Disarm, proof: dict[str, Any]) -> Event:
     )
 
 
-def told_later(state: State, *, reason: str, operator: str, proof: Proof | None) -> list[Event]:
-    """Events of a disarm by hand that was carried out while nothing could be committed."""
+def told_later(state: State, *, reason: str, operator: str, proof: Proof | None, noted_us: int) -> list[Event]:
+    """Events of a disarm by hand that was carried out while nothing could be committed. Told once a note."""
+    held = state.mode.disarm
+    if held is not None and held.context.get("noted_us") == noted_us:
+        return []
     events = disarm_by_hand(state, reason=reason, operator=operator, apply_mode=None)
     started = events[0] if events else None
+    if isinstance(started, DisarmStarted):
+        started = msgspec.structs.replace(started, context=started.context | {"noted_us": noted_us})
+        events[0] = started
     if isinstance(started, DisarmStarted) and proof is not None:
         disarm = Disarm(0, reason, started.context, started.epoch, manual=True, operator=operator)
         events.append(proven(disarm, msgspec.to_builtins(proof)))
@@ -106,7 +156,8 @@ def back_off(attempts: int) -> float:
 def _only_while_pending(epoch: int, event: Event) -> Propose:
     def propose(state: State, _now: int) -> Proposal:
         disarm = pending(state)
-        return Proposal([event] if disarm is not None and disarm.epoch == epoch else [])
+        told = isinstance(event, DisarmFailed) and disarm is not None and disarm.attempts >= event.attempt
+        return Proposal([event] if disarm is not None and disarm.epoch == epoch and not told else [])
 
     return propose
 

@@ -16,18 +16,11 @@ from events.decimals import ZERO, notional, product, total
 from events.keys import day_of
 from events.types import Check
 from governor.market import Market, position_amt
-from governor.plans import Plan
+from governor.plans import CLOSE_FRACTIONS, Plan
 from governor.policy import Limits, Policy
 from projections import totals, windows
 from projections.state import DISARMED, Book, State
 
-CLOSE_FRACTIONS: dict[str, Decimal] = {
-    "FULL_CLOSE_PROPOSED": Decimal(1),
-    "PARTIAL_75": Decimal("0.75"),
-    "PARTIAL_50": Decimal("0.5"),
-    "PARTIAL_25": Decimal("0.25"),
-}
-"""Fraction of the position each CLOSE action closes."""
 UPDATE_SL = "UPDATE_SL"
 FULL_CLOSE = "FULL_CLOSE_PROPOSED"
 SECOND_US = Decimal(1_000_000)

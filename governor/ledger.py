@@ -10,6 +10,8 @@ first and says nothing new where its work is already done.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from events.store import (
     ConflictError,
     EventStore,
     HaltedError,
+    LateError,
     RefusedError,
     Require,
     RequirementError,
@@ -31,8 +34,9 @@ from events.store import (
     UnavailableError,
     Write,
 )
-from events.types import Entry, Event, Head, Recorded
+from events.types import Entry, Event, Head, PermitRevoked, Recorded
 from governor import permits
+from governor.decider import correct_revoked
 from projections import views
 from projections.state import State, evolve, initial
 
@@ -41,6 +45,8 @@ log = structlog.get_logger("governor.ledger")
 MAX_EVENTS = 512
 """A commit is closed once it holds this many events."""
 PAGE = 5000
+GRANT_US = 2_000_000
+"""A permit reaches the server within this time of its decision, or it is decided again."""
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -105,17 +111,22 @@ class Ledger:
         self.store = store
         self.keys = keys
         self.state = initial()
+        self.untold: str | None = None
+        """What went wrong when an event was last told to the outside."""
         self.halted = False
         """The emergency brake, as last seen."""
         self.problem: str | None = "not connected yet"
         """Why nothing can be committed; None when the last contact went well."""
         self.conflicts = 0
+        self.skew_us = 0
+        """The server's clock minus ours, as last measured."""
         self._clock = clock
         self._key = audit_key
         self._observe = observe
         self._turned = turned
         self._sleep = sleep
         self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+        self._urgent: deque[_Item] = deque()
 
     async def open(self) -> None:
         """Fold the whole stream, verifying it.
@@ -156,14 +167,22 @@ class Ledger:
         self.problem = None
         return None
 
-    async def submit(self, *proposals: Propose) -> Outcome:
+    async def submit(self, *proposals: Propose, urgent: bool = False) -> Outcome:
         """Have proposals committed, in order, by the running loop. Stops at the first that raises.
+
+        Args:
+            proposals: what should happen.
+            urgent: before everything that waits: a person wants it to stop.
 
         Raises:
             RequirementError: a key one of them requires is not so; none of them was committed.
         """
         item = _Item(proposals, asyncio.get_running_loop().create_future())
-        self._queue.put_nowait(item)
+        if urgent:
+            self._urgent.append(item)
+            self._queue.put_nowait(_Item((), asyncio.get_running_loop().create_future()))  # wakes the loop up
+        else:
+            self._queue.put_nowait(item)
         return await item.done
 
     async def refresh(self) -> None:
@@ -198,6 +217,8 @@ class Ledger:
         fresh = all(item.proposals for item in batch)
         while batch:
             self._turned()
+            while self._urgent:
+                batch = [self._urgent.popleft(), *batch]
             try:
                 if not fresh:
                     await self.catch_up()
@@ -209,6 +230,9 @@ class Ledger:
                 fresh = False
             except HaltedError:
                 self.halted = True
+            except LateError:
+                with contextlib.suppress(StoreError):
+                    self.skew_us = await self.store.clock() - self._clock()
             except RequirementError:
                 raise  # pragma: no cover - _attempt hands it to the one who required it
             except StoreError as error:
@@ -225,7 +249,7 @@ class Ledger:
             log.error("cannot commit", kind=kind, error=str(error))
         self.problem = str(error)
 
-    async def _attempt(self, batch: list[_Item]) -> list[_Item]:
+    async def _attempt(self, batch: list[_Item]) -> list[_Item]:  # noqa: C901 - one commit, read top to bottom
         """One commit of as much of the batch as fits. Returns what is left."""
         now = self._clock()
         fork = self.state.fork()
@@ -262,6 +286,9 @@ class Ledger:
                 acks += proposal.acks
                 values.append(proposal.value)
             outcomes.append((item, Outcome(values, error)))
+            if any(isinstance(each.event, PermitRevoked) for each in written):
+                break  # what follows is decided once it is known which of them had been consumed
+        correction: list[_Item] = []
         if entries or acks or writes:
             commit = Commit(
                 expected=self._head(),
@@ -274,25 +301,42 @@ class Ledger:
                 ],
                 acks=acks,
                 grants=permits.grants(written),
+                not_after_us=now + self.skew_us + GRANT_US,
             )
             try:
                 # A commit is never cancelled: its outcome would be unknown for no reason.
-                await asyncio.shield(self.store.commit(commit))
+                gone = await asyncio.shield(self.store.commit(commit))
             except RequirementError as unmet:
                 owner = owners[unmet.index]
                 if not owner.done.done():
                     owner.done.set_exception(unmet)
                 return [item for item in batch if item is not owner]
+            correction = self._correction(written, gone)
         for recorded_event in written:
             self._fold(recorded_event)
         for item, outcome in outcomes:
             if not item.done.done():
                 item.done.set_result(outcome)
-        return batch[len(outcomes) :]
+        return [*correction, *batch[len(outcomes) :]]
+
+    def _correction(self, written: Sequence[Recorded], gone: frozenset[str]) -> list[_Item]:
+        """Permits this commit revoked and did not find were consumed before: that comes next."""
+        late = [
+            recorded.event.plan_id
+            for recorded in written
+            if isinstance(recorded.event, PermitRevoked) and self.keys.permit(recorded.event.plan_id) in gone
+        ]
+        if not late:
+            return []
+        correct: Propose = lambda state, _now: Proposal(correct_revoked(state, late))  # noqa: E731
+        return [_Item((correct,), asyncio.get_running_loop().create_future())]
 
     def _head(self) -> Head:
         return Head(self.state.seq, self.state.hash)
 
     def _fold(self, recorded: Recorded) -> None:
         evolve(self.state, recorded)
-        self._observe(recorded, self.state)
+        try:
+            self._observe(recorded, self.state)
+        except Exception as error:  # noqa: BLE001 - telling comes after doing, and never stops it
+            self.untold = repr(error)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
+
+
+class _Unbreakable:
+    """A stream whose reader may go away: a log line is lost then, and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def configure(*, log_format: str, level: str) -> None:
@@ -33,7 +50,7 @@ def configure(*, log_format: str, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(_Unbreakable(sys.stderr)),  # type: ignore[arg-type]
         cache_logger_on_first_use=False,
     )
     # httpx writes every URL to its log, and a signed URL carries the signature.

@@ -12,6 +12,13 @@ import msgspec
 
 from events.decimals import parse
 
+CLOSE_FRACTIONS: dict[str, Decimal] = {
+    "FULL_CLOSE_PROPOSED": Decimal(1),
+    "PARTIAL_75": Decimal("0.75"),
+    "PARTIAL_50": Decimal("0.5"),
+    "PARTIAL_25": Decimal("0.25"),
+}
+"""Fraction of the position each CLOSE action closes."""
 REQUIRED = ("plan_id", "symbol", "action", "decision", "kill_score")
 SIDES = ("BOTH", "LONG", "SHORT")
 FUTURE_US = 5_000_000
@@ -40,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     close_qty: Decimal | None = None
     """What the client would close, base units; only read when the exchange cannot be asked."""
     position_side: str | None = None
+    """The leg it touches; None, also where the field names no leg: the whole position."""
 
     @property
     def execute(self) -> bool:
@@ -99,9 +107,8 @@ def parse_plan(fields: dict[str, str], *, entry_id: str, now: int, needs_close_q
         at = entry_time(entry_id)
         if execute and at > now + FUTURE_US:
             raise ValueError(f"entry id is {(at - now) / 1e6:.1f} s in the future, expected at most 5 s")
-        side = fields.get("position_side") or None
-        if execute and side is not None and side not in SIDES:
-            raise ValueError(f"position_side is {_shown(side)}, expected one of {', '.join(SIDES)}")
+        side = fields.get("position_side", "").upper()
+        needs_close_qty = needs_close_qty and fields["action"] in CLOSE_FRACTIONS
         return Plan(
             plan_id=fields["plan_id"],
             symbol=fields["symbol"],
@@ -111,7 +118,7 @@ def parse_plan(fields: dict[str, str], *, entry_id: str, now: int, needs_close_q
             at=at,
             kill_score=_number(fields, "kill_score") if execute else None,
             close_qty=_number(fields, "close_qty") if execute and needs_close_qty else None,
-            position_side=side,
+            position_side=side if side in SIDES else None,
         )
     except ValueError as error:
         plan_id, symbol = fields.get("plan_id", ""), fields.get("symbol", "")

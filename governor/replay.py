@@ -21,6 +21,7 @@ import msgspec
 from events import chain
 from events.codec import decode
 from events.types import (
+    Context,
     Decision,
     DisarmStarted,
     Entry,
@@ -204,12 +205,16 @@ def decide_again(  # noqa: C901, PLR0911, PLR0912 - one case an event
         case PermitExpired():
             return decider.take_back(state, event.plan_id, gone=False, now=at)
         case PermitConsumed(source="observed" | "assumed"):
+            if state.permits.get(event.plan_id) is None:
+                return decider.correct_revoked(state, [event.plan_id])
             return decider.take_back(state, event.plan_id, gone=True, now=at)
         case Recovered():
             return decider.tick(state, at)
         case DisarmStarted(manual=True):
             operator = event.operator or ""
-            return decider.disarm_by_hand(state, reason=event.reason, operator=operator, apply_mode=None)
+            led_to = decider.disarm_by_hand(state, reason=event.reason, operator=operator, apply_mode=None)
+            noted = {name: value for name, value in event.context.items() if name == "noted_us"}
+            return [_noted(each, noted) for each in led_to]
         case Rearmed():
             try:
                 return decider.rearm(
@@ -224,6 +229,12 @@ def decide_again(  # noqa: C901, PLR0911, PLR0912 - one case an event
             return ()  # these only follow
         case _:
             return (event,)  # settings, proofs and what was done about history come from outside
+
+
+def _noted(event: Event, noted: Context) -> Event:
+    if isinstance(event, DisarmStarted):
+        return msgspec.structs.replace(event, context=event.context | noted)
+    return event
 
 
 def _plan(state: State, received: PlanReceived, decision: Decision, policy: Policy, at: int) -> Sequence[Event]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 
 import msgspec
@@ -38,12 +39,12 @@ def parse_result(fields: dict[str, str], *, entry_id: str) -> Result:
     steps = _steps(fields.get("steps_results", ""))
     quantities = [number for step in steps if (number := _quantity(step.get("executed_qty"))) is not None]
     return Result(
-        plan_id=fields.get("plan_id", "")[:128],
-        symbol=fields.get("symbol", "")[:32],
-        decision=fields.get("decision", "")[:32],
+        plan_id=_shown(fields.get("plan_id", ""), 128),
+        symbol=_shown(fields.get("symbol", ""), 32),
+        decision=_shown(fields.get("decision", ""), 32),
         entry_id=entry_id,
         executed=fields.get("executed", "").strip().lower() in ("true", "1"),
-        error=fields.get("error") or None,
+        error=_shown(fields.get("error", ""), 500) or None,
         step_failed=any(str(step.get("status", "")).lower() == "error" for step in steps),
         executed_qty=_sum(quantities) if quantities else None,
     )
@@ -51,9 +52,15 @@ def parse_result(fields: dict[str, str], *, entry_id: str) -> Result:
 
 def _steps(text: str) -> list[dict[str, object]]:
     try:
-        return msgspec.json.decode(text or "[]", type=list[dict[str, object]])
-    except msgspec.MsgspecError:
+        steps = json.loads(text or "[]", parse_float=Decimal)
+    except (ValueError, RecursionError):
         return []
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def _shown(text: str, most: int) -> str:
+    """Text a terminal can be shown: nothing in a result is refused, so anything may be in it."""
+    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text[:most])
 
 
 def _quantity(value: object) -> Decimal | None:

@@ -13,16 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
 import structlog
 
+from events.decimals import text
 from events.intake import GROUP, Delivery, Intake
 from events.keys import Keys
 from events.store import Ack, Require, RequirementError, StoreError, Write
@@ -46,7 +49,7 @@ log = structlog.get_logger("governor")
 VERSION = version("quantum-governor")
 WAITING_MOST = 2000
 """Deliveries read and not yet decided; more are left in Redis."""
-READ_MOST = 500
+READ_MOST = 200
 RUN_MOST = 32
 """Plans of one symbol put into one commit."""
 SWEEP_S = 0.1
@@ -132,6 +135,7 @@ class Governor:
             await self._announce()
             await self._sweep_safely()
             self._tasks.add(group.create_task(self._sweep_for_ever()))
+            self._tasks.add(group.create_task(self._stop_for_ever()))
             self._tasks.add(group.create_task(self._read_for_ever()))
             ready()
 
@@ -282,7 +286,7 @@ class Governor:
             now = self.clock()
             plan = self._parse(delivery, now)
             return decider.must_ask(self.ledger.state, plan, self.policy, self._situation(now))
-        except MalformedPlanError:
+        except Exception:  # noqa: BLE001 - the proposal meets the same, where it is handled
             return False
 
     def _parse(self, delivery: Delivery, now: int) -> Plan:
@@ -291,7 +295,7 @@ class Governor:
         )
 
     def _situation(self, now: int) -> Situation:
-        halt = self.ledger.halted or self.note.path.exists()
+        halt = self.ledger.halted or os.path.lexists(self.note.path)
         return Situation(now=now, apply_mode=self.actuator.apply_mode(), halt=halt)
 
     def _propose(
@@ -318,7 +322,8 @@ class Governor:
                 state, plan, self.policy, situation, fields=fields, error=repr(failed), settings=self.settings.digest
             )
             return Proposal(decided.events, acks=acks)
-        fresh = market is not None and now - market[1] <= MARKET_FRESH_US
+        patience = MARKET_FRESH_US + int(self.settings.binance_timeout_s * 1_000_000)
+        fresh = market is not None and abs(now - market[1]) <= patience
         decided = decider.decide(
             state,
             plan,
@@ -361,22 +366,37 @@ class Governor:
             await self._sweep()
         except StoreError as error:
             log.error("sweep failed", error=str(error))
+        except Exception:
+            log.exception("sweep failed in an unexpected way")
 
     async def _sweep(self) -> None:
         await self.ledger.refresh()
         await self._end_permits()
         await self._end_throttle()
-        halt, state = await self.ledger.store.values(self.keys.halt, self.keys.state)
-        self.skew_s = (await self.ledger.store.clock() - self.clock()) / 1e6
-        if halt is not None:
-            self.ledger.halted = True
-            await self._brake(halt)
-        else:
-            self.ledger.halted = False
+        (state,) = await self.ledger.store.values(self.keys.state)
+        self.ledger.skew_us = await self.ledger.store.clock() - self.clock()
+        self.skew_s = self.ledger.skew_us / 1e6
         if state is None:
-            await self.ledger.store.write([views.state_write(self.ledger.state, self.keys)])
+            await self.ledger.submit(lambda state, _now: Proposal(writes=[views.state_write(state, self.keys)]))
         await self._take_note()
-        self._begin_disarm()
+
+    async def _stop_for_ever(self) -> None:
+        """What stops trading, beside the sweep: neither waits behind plans, and file and service not for the store."""
+        while True:
+            self._begin_disarm()
+            try:
+                await self._look_at_brake()
+            except StoreError as error:
+                log.debug("cannot look at the emergency brake", error=str(error))
+            except Exception:
+                log.exception("looking at the emergency brake failed in an unexpected way")
+            await asyncio.sleep(SWEEP_S)
+
+    async def _look_at_brake(self) -> None:
+        self.ledger.halted = await self.ledger.store.exists(self.keys.halt)
+        if self.ledger.halted:
+            (value,) = await self.ledger.store.values(self.keys.halt)
+            await self._brake(value or b"")
 
     async def _end_permits(self) -> None:
         now = self.clock()
@@ -405,7 +425,8 @@ class Governor:
             lambda state, _now: Proposal(
                 decider.disarm_by_hand(state, reason=reason, operator=operator, apply_mode=self.actuator.apply_mode()),
                 writes=[Write("del", self.keys.halt)],
-            )
+            ),
+            urgent=True,
         )
 
     async def _take_note(self) -> None:
@@ -415,10 +436,19 @@ class Governor:
             return
         await self.ledger.submit(
             lambda state, _now: Proposal(
-                disarming.told_later(state, reason=pending.reason, operator=pending.operator, proof=pending.proof)
+                disarming.told_later(
+                    state,
+                    reason=pending.reason,
+                    operator=pending.operator,
+                    proof=pending.proof,
+                    noted_us=pending.timestamp_us,
+                )
             )
         )
-        self.note.clear_pending()
+        try:
+            self.note.clear_pending()
+        except OSError as error:
+            log.error("the note of a disarm cannot be removed", path=str(self.note.path), error=str(error))
 
     def _begin_disarm(self) -> None:
         if disarming.pending(self.ledger.state) is None:
@@ -443,7 +473,9 @@ class Governor:
     # -- telling -------------------------------------------------------------------------------------------------
 
     def observe(self, recorded: Recorded, state: State) -> None:
-        """Told of every event once it is folded."""
+        """Told of every event once it is folded. What has to be done comes before what has to be told."""
+        if state.mode.state == DISARMED and recorded.event.NAME == "DISARM_STARTED":
+            self._begin_disarm()
         if self.metrics is not None:
             self.metrics.observe(recorded, self.clock())
         event = recorded.event
@@ -451,25 +483,24 @@ class Governor:
             case Decision():
                 log.info(
                     "decided", plan_id=event.plan_id, symbol=event.symbol, action=event.action, verdict=event.verdict,
-                    reason=event.reason, computed_qty=event.computed_qty, computed_notional=event.computed_notional,
+                    reason=event.reason, computed_qty=_digits(event.computed_qty),
+                    computed_notional=_digits(event.computed_notional),
                     seq=recorded.seq,
                 )  # fmt: skip
             case _ if event.NAME in _TOLD:
                 level = log.warning if event.NAME in _LOUD else log.info
                 level(event.NAME.lower(), seq=recorded.seq, **_details(event))
-        if state.mode.state == DISARMED and event.NAME == "DISARM_STARTED":
-            self._begin_disarm()
 
     def beat(self, status: str | None = None) -> None:
         """Tell systemd and the metrics that the evaluation loop went round."""
         self.loop_at = self.clock()
         mode = self.ledger.state.mode
-        text = status or f"{mode.state} epoch={mode.epoch}" + (f" reason={mode.reason}" if mode.reason else "")
+        told = status or f"{mode.state} epoch={mode.epoch}" + (f" reason={mode.reason}" if mode.reason else "")
         if self.ledger.problem is not None and status is None:
-            text += f"; {self.ledger.problem}"
-        if text != self._told[0] or time.monotonic() - self._told[1] >= BEAT_S:
-            self._told = (text, time.monotonic())
-            self.notifier.send(WATCHDOG="1", STATUS=text)
+            told += f"; {self.ledger.problem}"
+        if told != self._told[0] or time.monotonic() - self._told[1] >= BEAT_S:
+            self._told = (told, time.monotonic())
+            self.notifier.send(WATCHDOG="1", STATUS=told)
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         """Whether plans are being decided, and why not."""
@@ -480,13 +511,19 @@ class Governor:
         notes = []
         if abs(self.skew_s) > CLOCK_OFF_S:
             notes.append(f"this clock is {abs(self.skew_s):.1f} s {'behind' if self.skew_s > 0 else 'ahead of'} Redis'")
+        held_back = getattr(self.exchange, "blocked_until_us", 0)
+        if held_back > self.clock():
+            notes.append(f"exchange calls are held back for {(held_back - self.clock()) / 1e6:.0f} s more")
+        if self.ledger.untold is not None:
+            notes.append(f"an event could not be told: {self.ledger.untold}")
+        known = self.ledger.state.seq > 0
         content = {
             "ready": not problems,
             "problems": problems,
             "notes": notes,
-            "state": mode.state,
+            "state": mode.state if known else None,
             "reason": mode.reason,
-            "epoch": mode.epoch,
+            "epoch": mode.epoch if known else None,
             "disarm_pending": disarming.pending(self.ledger.state) is not None,
             "halted": self.ledger.halted,
         }
@@ -556,12 +593,16 @@ def _take_back(plan_id: str, key: str, gone: bool, state: State, now: int) -> Pr
 
 def brake_reason(value: bytes) -> tuple[str, str]:
     """Reason and operator of an emergency brake: what a person wrote, or what `governor disarm` did."""
-    text = value.decode(errors="replace")
+    written = value.decode(errors="replace")
     try:
-        told = json.loads(text)
+        told = json.loads(written)
         return str(told["reason"])[:500], str(told["operator"])[:64]
-    except (ValueError, KeyError, TypeError):
-        return text[:500] or "emergency brake", "redis"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return written[:500] or "emergency brake", "redis"
+
+
+def _digits(number: Decimal | None) -> str | None:
+    return None if number is None else text(number)
 
 
 def _plan_id(delivery: Delivery) -> str:

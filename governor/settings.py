@@ -21,6 +21,7 @@ from governor import policy
 from governor.hosts import TESTNET, check_base_url
 from governor.policy import Policy
 
+_unit = regex(r"[A-Za-z0-9@_.:\\][A-Za-z0-9@_.:\\-]{0,254}").fullmatch
 _symbol = regex(r"[A-Z0-9_]{1,32}").fullmatch
 
 
@@ -124,6 +125,18 @@ def _word(value: str) -> str:
     return value
 
 
+def _service(value: str) -> str:
+    if not _unit(value):
+        raise ValueError("the name of a systemd unit")
+    return value
+
+
+def _credential(value: str) -> str:
+    if any(not "!" <= char <= "~" for char in value):
+        raise ValueError("printable ASCII without spaces")
+    return value
+
+
 def _path(value: str) -> Path:
     if not value.startswith("/"):
         raise ValueError("an absolute path")
@@ -159,10 +172,10 @@ TABLE: tuple[Row, ...] = (
     Row("GOV_THROTTLE_MAX_EXEC_PER_5MIN", "1", "Executions in five minutes where throttled."),
     Row("APPLY_CONFIG_PATH", "/etc/quantum/apply-layer.env", "The Apply Layer's environment file.",
         "apply_config_path", _path),
-    Row("APPLY_SERVICE", "quantum-apply-layer.service", "Its systemd service.", "apply_service", _word),
+    Row("APPLY_SERVICE", "quantum-apply-layer.service", "Its systemd service.", "apply_service", _service),
     Row("BINANCE_TESTNET_API_KEY", "", "Exchange credentials; without them quantity limits decide.", "api_key",
-        secret=True),
-    Row("BINANCE_TESTNET_API_SECRET", "", "The same.", "api_secret", secret=True),
+        _credential, secret=True),
+    Row("BINANCE_TESTNET_API_SECRET", "", "The same.", "api_secret", _credential, secret=True),
     Row("BINANCE_BASE_URL", TESTNET, "Exchange. Testnet or loopback; mainnet only with GOV_ALLOW_MAINNET.", "base_url"),
     Row("BINANCE_TIMEOUT_SEC", "2", "The longest an answer of the exchange is waited for, a retry included.",
         "binance_timeout_s", _timeout),
@@ -209,6 +222,20 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     )
 
 
+STOPPING = ("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_USERNAME", "REDIS_PASSWORD", "REDIS_TLS", "GOV_KEY_PREFIX",
+            "APPLY_CONFIG_PATH", "APPLY_SERVICE", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT")  # fmt: skip
+"""What a stop by hand needs: nothing else that is wrong may keep a person from it."""
+
+
+def load_for_stop(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings a disarm by hand needs; whatever else is wrong has its default.
+
+    Raises:
+        SettingsError: one of those is wrong.
+    """
+    return load({name: value for name, value in environ.items() if name in STOPPING})
+
+
 def base_url(url: str, *, allow_mainnet: bool) -> str:
     """A base URL that may be asked: an allow-listed host over https, or loopback.
 
@@ -252,6 +279,11 @@ def _limits_file(path: str) -> dict[str, dict[str, str]]:
 
 def _warnings(environ: Mapping[str, str]) -> list[str]:
     found = []
+    if bool(environ.get("BINANCE_TESTNET_API_KEY")) != bool(environ.get("BINANCE_TESTNET_API_SECRET")):
+        found.append(
+            "only one of BINANCE_TESTNET_API_KEY and BINANCE_TESTNET_API_SECRET is set: the exchange is not asked, "
+            "quantity limits decide"
+        )
     for name in sorted(environ):
         if name.startswith("GOV_") and name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)

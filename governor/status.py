@@ -48,6 +48,7 @@ def describe(state: State, rules: Policy, now: int) -> dict[str, Any]:
             "done": disarm.done,
             "attempts": disarm.attempts,
             "error": disarm.error,
+            "notes": list(disarm.notes),
         },
         "hold_until": unix(state.hold_until) if state.hold_until > now else None,
         "symbols": {

@@ -87,6 +87,8 @@ class Disarm(msgspec.Struct, frozen=True, gc=False):
     done: bool = False
     attempts: int = 0
     error: str | None = None
+    notes: tuple[str, ...] = ()
+    """What the proof leaves open."""
 
 
 class Mode(msgspec.Struct, frozen=True, gc=False):
@@ -207,8 +209,11 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
         case Decision():
             _decided(state, event)
         case PermitConsumed():
+            known = state.plan(event.plan_id)
+            # It was gone before the disarm that was to delete it: it had been consumed, not revoked.
+            late = known is not None and known.permit == "revoked"
             _settle(state, event.plan_id, "consumed")
-            state.counts = _more(counts, consumed=1)
+            state.counts = _more(counts, consumed=1, revoked=-1 if late else 0)
         case PermitExpired():
             if (reservation := _settle(state, event.plan_id, "expired")) is not None:
                 _release(state, reservation)
@@ -237,7 +242,8 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
             state.mode = Mode(DISARMED, time, event.reason, event.epoch, seq, disarm=disarm)
             state.counts = _more(counts, disarms=1)
         case AutoDisarm() | ManualDisarm():
-            _disarm_changed(state, event.epoch, done=True, error=None)
+            notes = tuple(str(note) for note in event.proof.get("notes", ()))
+            _disarm_changed(state, event.epoch, done=True, error=None, notes=notes)
         case DisarmFailed():
             _disarm_changed(state, event.epoch, attempts=event.attempt, error=event.error)
         case Rearmed():

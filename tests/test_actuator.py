@@ -92,6 +92,10 @@ def systemctl(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return stand_in
 
 
+def ownership(proof: Proof) -> tuple[str, ...]:
+    return tuple(note for note in proof.notes if "systemctl" not in note)
+
+
 def new(config: Path, **options: Any) -> Actuator:
     return Actuator(**{"config_path": config, "service": SERVICE, "clock": lambda: NOW_US, **options})
 
@@ -259,7 +263,7 @@ def test_owner_and_group_of_the_file_are_kept(config: Path, systemctl: Systemctl
         proof = act.force_dry_run()
     for path in (config, Path(proof.backup or ""), Path(f"{config}.lock")):
         assert (path.stat().st_uid, path.stat().st_gid, stat.S_IMODE(path.stat().st_mode)) == (12345, 23456, 0o640)
-    assert proof.notes == ()
+    assert ownership(proof) == ()
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EINVAL])
@@ -281,7 +285,7 @@ def test_an_owner_that_cannot_be_kept_is_told_and_grants_nobody_more(
     proof = new(config).force_dry_run()
     assert config.read_bytes() == DRY
     assert stat.S_IMODE(config.stat().st_mode) == stat.S_IMODE(Path(proof.backup or "").stat().st_mode) == 0o600
-    assert proof.notes == (
+    assert ownership(proof) == (
         f"owner was 4711, is {os.geteuid()}",
         f"group was 4712, is {os.getegid()}, which got no access",
     )
@@ -300,7 +304,7 @@ def test_the_group_is_kept_when_only_the_owner_cannot_be(
 
     monkeypatch.setattr(os, "fchown", only_the_group)
     found = config.stat()
-    assert new(config).force_dry_run().notes == ()
+    assert ownership(new(config).force_dry_run()) == ()
     assert asked[:2] == [(found.st_uid, found.st_gid), (-1, found.st_gid)]
     assert stat.S_IMODE(config.stat().st_mode) == 0o640
 

@@ -428,7 +428,7 @@ MATRIX = [
     Cell("plan 5 s in the future", "EXECUTE", {"age": -5 * SECOND}),
     Cell("plan more than 5 s in the future", "REJECTED", {"age": -5 * SECOND - 1000}),
     Cell("entry id that is none", "REJECTED", {"entry": "yesterday"}),
-    Cell("position side unknown", "REJECTED", {"position_side": "UP"}),
+    Cell("position side that names no leg", "EXECUTE", {"position_side": "UP"}),
     Cell("position on the other side", "no_position", {"position_side": "SHORT"}),
     Cell("unused number NaN", "EXECUTE", {"R_net": "nan", "price": "nan", "close_qty": "nan"}),
     # The exchange

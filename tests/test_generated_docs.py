@@ -9,6 +9,7 @@ import pytest
 
 from events import types
 from governor import gates, policy, settings
+from governor.plans import CLOSE_FRACTIONS
 from tests.generated import REGENERATE, check_generated, table
 
 WIRE = {
@@ -180,7 +181,7 @@ def test_the_page_about_the_gates_is_up_to_date() -> None:
         )
         for number, row in enumerate(gates.TABLE, 1)
     ]
-    closes = [(f"`{action}`", f"{fraction * 100:.0f} %") for action, fraction in gates.CLOSE_FRACTIONS.items()]
+    closes = [(f"`{action}`", f"{fraction * 100:.0f} %") for action, fraction in CLOSE_FRACTIONS.items()]
     check_generated(
         "docs/gates.md",
         GATES
@@ -196,7 +197,7 @@ def test_the_page_about_the_gates_is_up_to_date() -> None:
 
 def test_every_reason_is_explained_once() -> None:
     assert set(OTHERS) == set(gates.OTHER_REASONS)
-    assert all(fraction <= Decimal(1) for fraction in gates.CLOSE_FRACTIONS.values())
+    assert all(fraction <= Decimal(1) for fraction in CLOSE_FRACTIONS.values())
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ these variables that differ: {names}.
 GOV_MAX_REDUCE_QTY_PER_DAY = "50000"
 ```
 
-Every change of a setting that takes part in decisions is an event, `SETTINGS_LOADED`, so a replay decides each plan
+Every start records the settings that take part in decisions, `SETTINGS_LOADED`, so a replay decides each plan
 under the settings of its time. This page is written from `governor/settings.py` by its test.
 """
 

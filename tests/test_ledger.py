@@ -55,16 +55,17 @@ class Flaky(MemoryStore):
         self.trouble = list(trouble)
         self.commits: list[Commit] = []
 
-    async def commit(self, commit: Commit) -> None:
+    async def commit(self, commit: Commit) -> frozenset[str]:
         trouble = self.trouble.pop(0) if self.trouble else "none"
         if trouble == "before":
             raise UnavailableError("no answer")
         if trouble == "refused":
             raise RefusedError("OOM command not allowed")
-        await super().commit(commit)
+        gone = await super().commit(commit)
         self.commits.append(commit)
         if trouble == "after":
             raise UnavailableError("no answer")
+        return gone
 
 
 def ledger(store: MemoryStore | None = None, **options: object) -> Ledger:

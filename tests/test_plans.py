@@ -35,8 +35,12 @@ def test_a_plan_is_read_from_its_fields_and_its_entrys_id() -> None:
     )
 
 
-def test_an_empty_position_side_is_none() -> None:
-    assert parse(position_side="").position_side is None
+def test_a_position_side_that_names_no_leg_means_the_whole_position() -> None:
+    assert [parse(position_side=side).position_side for side in ("", "UP", "long")] == [None, None, "LONG"]
+
+
+def test_a_stop_needs_no_quantity_and_so_none_is_looked_at() -> None:
+    assert parse(action="UPDATE_SL", close_qty="NaN", needs_close_qty=True).close_qty is None
 
 
 def test_the_close_quantity_is_read_only_where_it_is_used() -> None:
@@ -75,7 +79,6 @@ def test_a_required_field_that_is_not_there_is_named(name: str, value: str | Non
         ({"kill_score": "1e999"}, "kill_score is '1e999', expected a finite number"),
         ({"kill_score": "0,5"}, "kill_score is '0,5', expected a finite number"),
         ({"kill_score": "٣"}, "kill_score is '٣', expected a finite number"),
-        ({"position_side": "UP"}, "position_side is 'UP', expected one of BOTH, LONG, SHORT"),
     ],
 )
 def test_a_problem_names_the_field_its_value_and_what_was_expected(changed: dict[str, Any], message: str) -> None:
@@ -165,6 +168,8 @@ def test_fields_that_fit_are_kept_as_they_are() -> None:
 def test_what_a_decision_uses_is_kept_first_and_the_rest_is_shortened() -> None:
     fields = {"steps": "x" * 100, "plan_id": "p", "kill_score": "0.5"}
     assert cut(fields, 50) == ({"plan_id": "p", "kill_score": "0.5", "steps": "x" * 24}, True)
+    used = {"steps": "x", "position_side": "LONG", "close_qty": "1"}
+    assert list(cut(used, 100)[0]) == ["close_qty", "position_side", "steps"]
 
 
 def test_a_field_for_whose_name_there_is_no_room_is_left_out() -> None:
@@ -174,7 +179,7 @@ def test_a_field_for_whose_name_there_is_no_room_is_left_out() -> None:
 
 
 def test_a_long_name_is_shortened() -> None:
-    assert cut({"n" * 200: "v"}, 1000) == ({"n" * 128: "v"}, True)
+    assert cut({"n" * 200: "v", "a": "1"}, 1000) == ({"n" * 128: "v", "a": "1"}, True)
 
 
 def test_a_value_is_never_cut_within_a_character() -> None:

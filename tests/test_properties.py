@@ -126,6 +126,7 @@ class Oracle:
         self.verdicts: Counter[str] = Counter()
         self.plans = 0
         self.outstanding: set[str] = set()
+        self.revoked: set[str] = set()
         self.ends: Counter[str] = Counter()
 
     def read(self, at: int, event: Event) -> None:
@@ -144,10 +145,15 @@ class Oracle:
             case PermitExpired():
                 self.end(event.plan_id, "expired")
                 self.counted.remove(self.granted[event.plan_id])
+            case PermitConsumed() if event.plan_id in self.revoked:
+                # The disarm that revoked it did not find it: a client had been faster.
+                self.revoked.remove(event.plan_id)
+                self.ends.update(revoked=-1, consumed=1)
             case PermitConsumed():
                 self.end(event.plan_id, "consumed")
             case PermitRevoked():
                 self.end(event.plan_id, "revoked")
+                self.revoked.add(event.plan_id)
             case Execution(counted=True):
                 self.counted.append(self.granted[event.plan_id]._replace(at=self.time, again=True))
             case _:
@@ -228,13 +234,14 @@ class Unreliable(MemoryStore):
         super().__init__(lambda: world.real // 1000)
         self.lose: list[str] = []
 
-    async def commit(self, commit: Commit) -> None:
+    async def commit(self, commit: Commit) -> frozenset[str]:
         lost = self.lose.pop() if self.lose else ""
         if lost == "before":
             raise UnavailableError("no answer")
-        await super().commit(commit)
+        gone = await super().commit(commit)
         if lost == "after":
             raise UnavailableError("no answer")
+        return gone
 
 
 class World:
@@ -252,6 +259,10 @@ class World:
         self.plan_ids: list[str] = []
         self.entries: list[tuple[str, dict[str, str]]] = []
         self.entry = 0
+        self.taken: set[str] = set()
+        """Permits a client took."""
+        self.ends: dict[str, int] = {}
+        """When the server lets a permit's key go, by the real time."""
         self.ledgers = [self.new_ledger(0), self.new_ledger(1)]
         self.submit(0, lambda _state, _now: Proposal([SettingsLoaded(digest="s", settings={})]))
 
@@ -365,7 +376,9 @@ class World:
     def consumption(self, back: int) -> None:
         """A client takes a permit."""
         if held := self.outstanding():
-            self.store.take(KEYS.permit(held[-1 - back % len(held)]))
+            plan_id = held[-1 - back % len(held)]
+            if self.store.take(KEYS.permit(plan_id)):
+                self.taken.add(plan_id)
 
     def sweep(self, which: int) -> None:
         """Permits at their end are taken back, or found gone."""
@@ -457,6 +470,7 @@ class World:
             recorded = codec.decode(entry)
             evolve(self.shadow, recorded)
             self.note(recorded.seq, digest(self.shadow))
+            self.only_what_is_gone_was_consumed(recorded)
             self.oracle.read(recorded.at, recorded.event)
         if not entries:
             return
@@ -465,6 +479,17 @@ class World:
         self.counts_add_up()
         self.windows_and_totals_are_the_oracles()
         self.public_keys_are_those_of_the_state()
+
+    def only_what_is_gone_was_consumed(self, recorded: Recorded) -> None:
+        match recorded.event:
+            case Decision(verdict="EXECUTE", expires_us=int(expires)) as granted:
+                self.ends[granted.plan_id] = self.real + expires - recorded.at
+            case PermitConsumed(source="observed" | "assumed", plan_id=plan_id):
+                assert plan_id in self.taken or self.real >= self.ends[plan_id] - 1000
+            case PermitExpired(plan_id=plan_id):
+                assert plan_id not in self.taken
+            case _:
+                pass
 
     def counts_add_up(self) -> None:
         counts, oracle = self.shadow.counts, self.oracle

@@ -220,7 +220,7 @@ def test_every_variable_of_a_decision_reaches_the_policy(name: str, text: str, v
         ("GOV_THROTTLE_COOLDOWN_SEC", ["0", "86401", "off"], "seconds from 1 to 86400"),
         ("GOV_THROTTLE_MAX_EXEC_PER_5MIN", ["-1", "x"], "a whole number from 0 to 100000 or off"),
         ("APPLY_CONFIG_PATH", ["", "apply.env", "~/apply.env"], "an absolute path"),
-        ("APPLY_SERVICE", ["", "a b.service"], "a name without spaces"),
+        ("APPLY_SERVICE", ["", "a b.service", "-x"], "the name of a systemd unit"),
         ("BINANCE_BASE_URL", ["", "x", "https://example.com"], "https://testnet.binancefuture.com"),
         ("BINANCE_TIMEOUT_SEC", ["0", "0.04", "61", "off"], "seconds from 0.05 to 60"),
         ("GOV_ALLOW_MAINNET", ["yes", "1"], "true or false"),

@@ -22,6 +22,7 @@ from events.store import (
     ConflictError,
     EventStore,
     HaltedError,
+    LateError,
     MemoryStore,
     RedisStore,
     RefusedError,
@@ -427,6 +428,19 @@ async def test_without_the_emergency_brake_a_permit_is_granted(place: Place) -> 
     assert await place.value(PERMIT) == [b"granted"]
 
 
+async def test_a_grant_that_comes_too_late_writes_nothing(place: Place) -> None:
+    late = await refused(place, one(grants=True, not_after_us=1, **everything(GENESIS)), LateError)
+    assert "too late" in str(late)
+    await place.store.commit(one(not_after_us=1, **everything(GENESIS)))  # it grants nothing, so it may
+
+
+async def test_a_commit_tells_which_keys_it_was_to_delete_were_gone(place: Place) -> None:
+    await place.store.write([Write("set", "there", (b"1",))])
+    deletes = [Write("del", "gone"), Write("set", "new", (b"1",)), Write("del", "there"), Write("list", "empty")]
+    assert await place.store.commit(one(writes=deletes)) == {"gone"}
+    assert [await place.store.exists(key) for key in ("gone", "there", "new")] == [False, False, True]
+
+
 @pytest.mark.parametrize("parts", [{"requires": [Require("a", present=True)]}, {"grants": True}])
 async def test_a_commit_without_events_cannot_require_or_grant(place: Place, parts: dict[str, Any]) -> None:
     before = await place.dump()
@@ -709,7 +723,9 @@ async def test_of_many_commits_at_one_head_exactly_one_wins(place: Place) -> Non
             *(each.commit(commit) for each, commit in zip(itertools.cycle(stores), commits, strict=False)),
             return_exceptions=True,
         )
-        (winner,) = [commit for commit, outcome in zip(commits, done, strict=True) if outcome is None]
+        (winner,) = [
+            commit for commit, outcome in zip(commits, done, strict=True) if not isinstance(outcome, Exception)
+        ]
         conflicts = [outcome for outcome in done if isinstance(outcome, ConflictError)]
         assert len(conflicts) == 49
         assert {(conflict.expected, conflict.actual) for conflict in conflicts} == {(head, end_of(winner))}
@@ -724,7 +740,8 @@ async def test_fifty_committers_that_try_again_make_one_history_without_a_gap(pl
         head = await to.head()
         while True:
             try:
-                return await to.commit(of([error(detail), error(detail)], head))
+                await to.commit(of([error(detail), error(detail)], head))
+                return
             except ConflictError as conflict:
                 head = conflict.actual
 

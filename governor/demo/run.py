@@ -61,6 +61,7 @@ class _Demo:
         self.home, self.port, self.seconds, self.svg, self.as_json = home, port, seconds, svg, as_json
         self.speed = speed
         self.reasons: dict[str, int] = {}
+        self.executions = 0
         self.view = View()
         self.seen: dict[str, int] = {}
         self.started = time.monotonic()
@@ -170,6 +171,7 @@ class _Demo:
         if isinstance(event, Decision) and event.reason is not None:
             self.reasons[event.reason] = self.reasons.get(event.reason, 0) + 1
         if isinstance(event, Execution) and event.executed and event.executed_qty is not None:
+            self.executions += 1
             self.stage.exchange.reduce(event.symbol, event.executed_qty)
 
     def _picture(self) -> Any:
@@ -200,7 +202,7 @@ class _Demo:
             "consumed": counts.consumed,
             "expired": counts.expired,
             "revoked": counts.revoked,
-            "executions": counts.executions,
+            "executions": self.executions,
             "disarms": counts.disarms,
             "proven_disarms": self.seen.get("AUTO_DISARM", 0) + self.seen.get("MANUAL_DISARM", 0),
             "rearmed": self.seen.get("REARMED", 0),
