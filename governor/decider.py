@@ -341,7 +341,7 @@ def rearm(state: State, *, reason: str, operator: str, force: bool, halt: bool) 
             "wait until it is done, or use --force"
         )
     if halt and not force:
-        raise RearmRefusedError("the emergency brake is set; delete the key quantum:governor:halt, or use --force")
+        raise RearmRefusedError("the emergency brake is set; delete its key (governor:halt), or use --force")
     advance(state.mode.state, "rearm")
     return [Rearmed(reason=reason, operator=operator, epoch=state.mode.epoch + 1, forced=force)]
 

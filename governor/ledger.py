@@ -117,6 +117,7 @@ class Ledger:
         """The emergency brake, as last seen."""
         self.problem: str | None = "not connected yet"
         """Why nothing can be committed; None when the last contact went well."""
+        self._refused = False
         self.conflicts = 0
         self.skew_us = 0
         """The server's clock minus ours, as last measured."""
@@ -164,7 +165,7 @@ class Ledger:
                 if head.seq != self.state.seq
                 else f"event {head.seq} is another one than the one seen before"
             )
-        self.problem = None
+        self._well()
         return None
 
     async def submit(self, *proposals: Propose, urgent: bool = False) -> Outcome:
@@ -223,7 +224,7 @@ class Ledger:
                 if not fresh:
                     await self.catch_up()
                 batch = await self._attempt(batch)
-                self.problem = None
+                self._well()
                 fresh, attempt = True, 0
             except ConflictError:
                 self.conflicts += 1
@@ -243,7 +244,13 @@ class Ledger:
                 await self._sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
                 attempt += 1
 
+    def _well(self) -> None:
+        # Reading well says nothing about writing: a refusal stands until something was written.
+        if not self._refused:
+            self.problem = None
+
     def _trouble(self, error: StoreError) -> None:
+        self._refused = isinstance(error, RefusedError)
         if self.problem != str(error):
             kind = {RefusedError: "refused", UnavailableError: "unavailable"}.get(type(error), "history")
             log.error("cannot commit", kind=kind, error=str(error))
@@ -311,6 +318,7 @@ class Ledger:
                 if not owner.done.done():
                     owner.done.set_exception(unmet)
                 return [item for item in batch if item is not owner]
+            self._refused = False
             correction = self._correction(written, gone)
         for recorded_event in written:
             self._fold(recorded_event)

@@ -112,8 +112,8 @@ def parse_plan(fields: dict[str, str], *, entry_id: str, now: int, needs_close_q
         return Plan(
             plan_id=fields["plan_id"],
             symbol=fields["symbol"],
-            action=fields["action"],
-            decision=decision,
+            action=fields["action"][:64],
+            decision=decision[:64],
             entry_id=entry_id,
             at=at,
             kill_score=_number(fields, "kill_score") if execute else None,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +22,10 @@ import redis
 
 from governor.binance import sign
 from governor.gate import PermitDenied, PermitGate
+from governor.sim.apply_layer import result_fields
 from governor.sim.exchange import ExchangeSim
 from tests.conftest import NewServer
-from tests.daemon import daemon, events_of, publish, wait_for
+from tests.daemon import Daemon, daemon, events_of, publish, wait_for
 from tests.servers import RedisServer
 
 KEY, SECRET = "test-key", "test-secret"
@@ -422,3 +426,97 @@ def test_a_missing_state_key_comes_back_within_a_second(
         client.delete("quantum:governor:state")
         raw: Any = wait_for(lambda: client.get("quantum:governor:state"), within_s=1.0)
         assert json.loads(raw).keys() == {"state", "since", "reason", "epoch", "seq"}
+
+
+def result(client: redis.Redis, plan_id: str, symbol: str, qty: str) -> None:
+    fields: Any = result_fields(
+        {"plan_id": plan_id, "symbol": symbol}, executed=True, qty=qty, error="", now=time.time()
+    )
+    client.xadd("quantum:stream:apply.result", fields)
+
+
+def test_an_execution_whose_permit_was_taken_before_the_disarm_is_no_accusation(
+    flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
+) -> None:
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS) as one:
+        for n in range(2):
+            publish(client, f"eth-{n}", "ETHUSDT")
+            PermitGate(client).consume(f"eth-{n}", symbol="ETHUSDT")
+        publish(client, "eth-2", "ETHUSDT")
+        wait_for(lambda: events_of(client, "AUTO_DISARM"))
+        assert one.command("rearm", "--reason", "looked at it").returncode == 0
+        for n in range(2):
+            result(client, f"eth-{n}", "ETHUSDT", "0.125")
+        wait_for(lambda: len(events_of(client, "EXECUTION")) == 2)
+        told = events_of(client, "EXECUTION")
+        assert [event["permit"] for event in told] == ["consumed", "consumed"]
+        assert events_of(client, "UNPERMITTED_EXECUTION") == []
+        status = one.json("status")
+        assert (status["state"], status["counts"]["consumed"], status["counts"]["revoked"]) == ("ARMED", 2, 0)
+        assert one.json("replay")["differences"] == []
+
+
+def test_the_brake_does_not_wait_behind_the_plans(
+    flushed: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
+) -> None:
+    pipe = client.pipeline(transaction=False)
+    for n in range(8_000):
+        publish(pipe, f"p{n}", f"S{n % 40}USDT", "UPDATE_SL")
+    with daemon(tmp_path, port=flushed.port, base_url=exchange.base_url, environ=CREDENTIALS):
+        pipe.execute()
+        wait_for(lambda: client.xlen("quantum:stream:governor.events") > 500)
+        client.set("quantum:governor:halt", "now")
+        wait_for(lambda: client.exists("quantum:governor:halt") == 0)
+        wait_for(lambda: len(events_of(client, "DECISION")) == 8_000, within_s=40)
+    (started,) = events_of(client, "DISARM_STARTED")
+    after = [event for event in events_of(client, "DECISION") if event["seq"] > started["seq"]]
+    assert len(after) > 1_000, "the disarm came before the plans that were waiting already"
+
+
+def test_a_disarm_is_carried_out_although_redis_hangs(new_server: NewServer, tmp_path: Path) -> None:
+    server = new_server("valkey", appendonly=True)
+    with daemon(tmp_path, port=server.port) as one, server.client() as client:
+        (tmp_path / "fails").write_text("1")
+        client.set("quantum:governor:halt", "stop")
+        wait_for(lambda: events_of(client, "DISARM_FAILED"))
+        assert one.process is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            (tmp_path / "fails").write_text("0")
+            before = len(one.systemctl_calls)
+            wait_for(lambda: any(call.startswith("restart") for call in one.systemctl_calls[before:]), within_s=20)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        wait_for(lambda: events_of(client, "MANUAL_DISARM"), within_s=20)
+
+
+def test_a_log_whose_reader_is_gone_does_not_stop_a_disarm(
+    flushed: RedisServer, client: redis.Redis, tmp_path: Path
+) -> None:
+    one = Daemon(tmp_path, port=flushed.port, environ={})
+    process = subprocess.Popen([sys.executable, "-m", "governor", "run"], env=one.environ, stderr=subprocess.PIPE)
+    try:
+        assert process.stderr is not None
+        wait_for(lambda: client.exists("quantum:governor:state"))
+        process.stderr.close()
+        client.set("quantum:governor:halt", "[" * 100_000)  # nor does a value made to hurt
+        (done,) = wait_for(lambda: events_of(client, "MANUAL_DISARM"))
+        assert done["operator"] == "redis"
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_where_no_daemon_ever_ran_nothing_is_claimed_and_a_blank_reason_is_none(
+    flushed: RedisServer, tmp_path: Path
+) -> None:
+    one = Daemon(tmp_path, port=flushed.port, environ={})
+    told = one.command("status", "--json")
+    assert (told.returncode, json.loads(told.stdout)["state"]) == (3, None)
+    assert "no daemon has ever run here" in one.command("status").stdout
+    assert one.command("rearm", "--reason", "x").returncode == 1
+    assert one.command("disarm", "--reason", "  ").returncode == 2
+    assert one.command("events", "--name", "NOPE").returncode == 2
+    assert one.command("disarm", "--reason", "a wrong limit does not matter", GOV_MAX_EXEC_PER_HOUR="x").returncode == 0
+    assert "APPLY_MODE=dry_run" in one.config.read_text()

@@ -15,6 +15,7 @@ from events.store import (
     Ack,
     Commit,
     ConflictError,
+    LateError,
     MemoryStore,
     RefusedError,
     Require,
@@ -608,3 +609,103 @@ async def test_a_store_that_cannot_be_read_is_told_at_the_start() -> None:
 
     with pytest.raises(StoreError, match="connection refused"):
         await opened(Away())
+
+
+# -- lateness, corrections, urgency --------------------------------------------------------------------------------
+
+
+async def test_a_grant_that_came_too_late_is_decided_again_by_the_servers_clock() -> None:
+    store = MemoryStore(lambda: NOON // 1000 + 10_000)
+    it = await opened(store)
+    outcome = await it.propose(plan(it))
+    assert outcome.values[0].verdict == "EXECUTE"
+    assert it.skew_us == 10 * SECOND
+    assert len(store.entries) == 2
+
+
+async def test_a_grant_that_is_late_again_and_again_gives_no_permit_once_the_plan_is_stale() -> None:
+    clock = [NOON]
+    frozen = MemoryStore(lambda: NOON // 1000)
+    it = Ledger(frozen, KEYS, lambda: clock[0], sleep=lambda _s: asyncio.sleep(0))
+    await it.open()
+    real, seen = frozen.commit, []
+
+    async def thaws(commit: Commit) -> frozenset[str]:
+        seen.append(commit.grants)
+        if len(seen) < 3:
+            clock[0] += 40 * SECOND
+            raise LateError("too late")
+        return await real(commit)
+
+    frozen.commit = thaws  # type: ignore[method-assign]
+    outcome = await it.propose(plan(it))
+    assert (outcome.values[0].verdict, outcome.values[0].reason) == ("BLOCK", "plan_stale")
+    assert frozen.get(PERMIT) is None
+
+
+def burst(state: State, _now: int) -> Proposal:
+    return Proposal(decider.disarm_by_hand(state, reason="r", operator="o", apply_mode=None))
+
+
+async def test_a_permit_taken_before_the_disarm_that_was_to_delete_it_is_consumed_and_not_revoked() -> None:
+    store = Flaky()
+    it = await opened(store)
+    await it.propose(plan(it, "p1"), plan(it, "p2"))
+    store.take(PERMIT)
+    await it.propose(burst)
+    assert [(p := it.state.plan(plan_id)) and p.permit for plan_id in ("p1", "p2")] == ["consumed", "revoked"]
+    assert (it.state.counts.consumed, it.state.counts.revoked) == (1, 1)
+    assert digest(fold(map(codec.decode, store.entries))) == digest(it.state)
+
+
+async def test_what_follows_a_disarm_in_the_same_batch_is_decided_after_the_correction() -> None:
+    store = Flaky()
+    it = await opened(store)
+    await it.propose(plan(it, "p1"))
+    store.take(PERMIT)
+    seen: list[str] = []
+
+    def look(state: State, _now: int) -> Proposal:
+        known = state.plan("p1")
+        seen.append(known.permit if known is not None else "")
+        return Proposal([error("looked")])
+
+    async with running(it), asyncio.timeout(2):
+        await asyncio.gather(it.submit(burst), it.submit(look))
+    assert seen == ["consumed"]
+
+
+async def test_what_is_urgent_comes_before_what_waits() -> None:
+    store = Flaky()
+    it = await opened(store)
+    waiting = [asyncio.create_task(it.submit(say(*[error(str(n))] * 300))) for n in range(4)]
+    await asyncio.sleep(0)
+    urgent = asyncio.create_task(it.submit(say(error("urgent")), urgent=True))
+    await asyncio.sleep(0)
+    async with running(it), asyncio.timeout(2):
+        await asyncio.gather(*waiting, urgent)
+    kinds = [getattr(codec.decode(entry).event, "kind", None) for entry in store.entries]
+    assert kinds.index("urgent") <= module.MAX_EVENTS + 300 < len(kinds)
+
+
+async def test_a_refusal_to_write_stands_until_something_is_written() -> None:
+    it = await opened(Flaky("refused", "refused"))
+    with pytest.raises(RefusedError):
+        await it.propose(say(error("a")))
+    await it.catch_up()
+    assert it.problem is not None
+    with pytest.raises(RefusedError):
+        await it.propose(say(error("a")))
+    assert it.problem is not None
+    await it.propose(say(error("a")))
+    assert it.problem is None
+
+
+async def test_an_observer_that_fails_does_not_stop_deciding() -> None:
+    def broken(_recorded: Recorded, _state: State) -> None:
+        raise BrokenPipeError
+
+    it = await opened(Flaky(), observe=broken)
+    assert (await it.propose(say(error("a")))).error is None
+    assert it.state.seq == 1
+    assert it.untold == "BrokenPipeError()"
