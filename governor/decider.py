@@ -99,16 +99,7 @@ def decide(
     if state.entries.get(plan.entry_id) is not None:
         return Decided(())
     state, before = _caught_up(state, situation.now)
-    kept, truncated = cut(fields, FIELDS_BYTES)
-    received = PlanReceived(
-        plan_id=plan.plan_id,
-        symbol=plan.symbol,
-        action=plan.action,
-        decision=plan.decision,
-        entry_id=plan.entry_id,
-        fields=kept,
-        truncated=truncated,
-    )
+    received = _received(plan, fields)
     known = state.plan(plan.plan_id, now=situation.now)
     if not plan.execute or (known is not None and known.decided):
         why = "duplicate_plan" if plan.execute else "not_execute"
@@ -138,16 +129,7 @@ def fail(
     """Decide a plan whose evaluation went wrong in an unexpected way: it alone is blocked, and one error counted."""
     if state.entries.get(plan.entry_id) is not None:
         return Decided(())
-    kept, truncated = cut(fields, FIELDS_BYTES)
-    received = PlanReceived(
-        plan_id=plan.plan_id,
-        symbol=plan.symbol,
-        action=plan.action,
-        decision=plan.decision,
-        entry_id=plan.entry_id,
-        fields=kept,
-        truncated=truncated,
-    )
+    received = _received(plan, fields)
     known = state.plan(plan.plan_id, now=situation.now)
     verdict = "BLOCK" if plan.execute and not (known is not None and known.decided) else "SKIP"
     decision = Decision(
@@ -354,6 +336,19 @@ def _should_know(state: State, result: Result, now: int) -> bool:
         return True
     first = state.first_at
     return first is not None and at > first and at > max(now, state.time) - MEMORY_US
+
+
+def _received(plan: Plan, fields: dict[str, str]) -> PlanReceived:
+    kept, truncated = cut(fields, FIELDS_BYTES)
+    return PlanReceived(
+        plan_id=plan.plan_id,
+        symbol=plan.symbol,
+        action=plan.action,
+        decision=plan.decision,
+        entry_id=plan.entry_id,
+        fields=kept,
+        truncated=truncated,
+    )
 
 
 def _caught_up(state: State, now: int) -> tuple[State, list[Event]]:

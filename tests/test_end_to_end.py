@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -520,3 +521,21 @@ def test_where_no_daemon_ever_ran_nothing_is_claimed_and_a_blank_reason_is_none(
     assert one.command("events", "--name", "NOPE").returncode == 2
     assert one.command("disarm", "--reason", "a wrong limit does not matter", GOV_MAX_EXEC_PER_HOUR="x").returncode == 0
     assert "APPLY_MODE=dry_run" in one.config.read_text()
+
+
+def test_systemd_is_told_ready_alive_what_the_state_is_and_that_it_stops(
+    flushed: RedisServer, client: redis.Redis, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(10)
+        with daemon(tmp_path, port=flushed.port, NOTIFY_SOCKET=str(tmp_path / "notify")) as one:
+            told = ""
+            while "READY=1" not in told or "WATCHDOG=1" not in told or "STATUS=ARMED epoch=1" not in told:
+                told += systemd.recv(4096).decode() + "\n"
+            client.set("quantum:governor:halt", "for a test")
+            while "STATUS=DISARMED epoch=2 reason=for a test" not in told:
+                told += systemd.recv(4096).decode() + "\n"
+            one.stop()
+            while "STOPPING=1" not in told:
+                told += systemd.recv(4096).decode() + "\n"
