@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DONE, FAILED, USAGE, DIFFERS, NO_REDIS, BAD_SETTINGS = 0, 1, 2, 3, 4, 78
 CODES = (
     "\b\nExit codes: 0 done, 1 failed, 2 usage, 3 neither ARMED nor THROTTLED (status)\n"
-    "or something differs (replay), "
+    "or something differs (replay, rebuild --check), "
     "4 Redis not reachable, 78 bad settings."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -52,6 +52,7 @@ def main() -> None:
       governor events --follow              events as they happen
       governor explain PLAN_ID              one plan's life
       governor replay                       audit: does every decision follow from its inputs?
+      governor rebuild --check              do the public keys say what the events say?
       governor disarm --reason "bad fills"  stop trading now
     """
 
@@ -242,6 +243,43 @@ def replay(*, at: str | None, at_seq: int | None, expect_head: str | None, show_
                 _print_status(then | {"halted": None})
             _print_replay(found, show_all=show_all)
         return DONE if found.clean else DIFFERS
+
+    _run(work())
+
+
+@main.command(epilog=CODES)
+@click.option("--check", is_flag=True, help="Compare only; exit 3 when something differs.")
+@json_option
+def rebuild(*, check: bool, as_json: bool) -> None:
+    """Write the public keys again from the events, and remove what the events do not explain.
+
+    Never writes a permit, is safe beside a running daemon, and twice is once.
+    """
+
+    async def work() -> int:
+        from events import store  # noqa: PLC0415
+        from governor.connection import now, redis_options  # noqa: PLC0415
+        from governor.rebuild import rebuild as mend  # noqa: PLC0415
+
+        settings = _settings(logs=True)
+        client = store.client(**redis_options(settings), socket_timeout=5)
+        try:
+            async with _ledger(settings) as ledger:
+                differences = await mend(ledger, client, now(), check=check)
+                told = {
+                    "events": ledger.state.seq,
+                    "keys_written": 0 if check else len(differences),
+                    "differences": differences,
+                }
+        finally:
+            await client.aclose()
+        if as_json:
+            _print_json(told)
+        else:
+            for difference in differences:
+                click.echo(f"{difference.key}\n  expected  {difference.expected}\n  actual    {difference.actual}")
+            click.echo(f"{len(differences)} differences in {told['events']} events" + ("" if check else ", all mended"))
+        return DIFFERS if check and differences else DONE
 
     _run(work())
 
