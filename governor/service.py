@@ -117,6 +117,7 @@ class Governor:
         self._told = ("", 0.0)
         self._queues: dict[str, deque[Delivery]] = {}
         self._waiting = 0
+        self._reading = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,6 +138,7 @@ class Governor:
             self._tasks.add(group.create_task(self._sweep_for_ever()))
             self._tasks.add(group.create_task(self._stop_for_ever()))
             self._tasks.add(group.create_task(self._read_for_ever()))
+            await self._reading.wait()  # results are read from the moment their group was made
             ready()
 
     async def stop(self, within_s: float) -> None:
@@ -188,6 +190,7 @@ class Governor:
                 if not opened:
                     await self.intake.open()
                     opened = self.following = True
+                    self._reading.set()
                 await self._room.wait()
                 deliveries = await self.intake.read(count=READ_MOST, block_s=0.5)
                 wait = 0.05
