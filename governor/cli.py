@@ -55,6 +55,8 @@ def main() -> None:
       governor rebuild --check              do the public keys say what the events say?
       governor disarm --reason "bad fills"  stop trading now
     """
+    if os.environ.get("NO_COLOR"):
+        click.get_current_context().color = False
 
 
 @main.command()
