@@ -38,7 +38,6 @@ from governor.binance_errors import (
     refusal,
 )
 from governor.binance_wire import (
-    DEFAULT_BASE_URL,
     MARK,
     MARKS,
     PING,
@@ -59,7 +58,7 @@ from governor.binance_wire import (
 from governor.hosts import check_base_url
 from governor.market import Market
 
-__all__ = ["DEFAULT_BASE_URL", "ERROR_KINDS", "Binance", "ExchangeError", "check_base_url", "sign"]
+__all__ = ["ERROR_KINDS", "Binance", "ExchangeError", "sign"]
 
 T = TypeVar("T")
 log = structlog.get_logger("governor.binance")

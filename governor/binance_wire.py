@@ -14,12 +14,10 @@ import msgspec
 
 from events import decimals
 from governor.binance_errors import ExchangeError
-from governor.hosts import TESTNET
 from governor.market import LEGS
 
 T = TypeVar("T")
 
-DEFAULT_BASE_URL = TESTNET
 
 WEIGHT_LIMIT = 2400
 """Per minute and address on mainnet; the testnet allows more."""

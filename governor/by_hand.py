@@ -10,12 +10,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from events import store
-from events.keys import Keys
 from events.store import StoreError, Write
 from governor import decider, disarming
 from governor.actuator import Actuator, ActuatorError, PendingNote, Proof
-from governor.connection import now, redis_options
+from governor.connection import connected, ledger_on, now
 from governor.ledger import Ledger, Proposal
 from governor.settings import Settings
 
@@ -33,7 +31,8 @@ async def disarm(settings: Settings, *, reason: str, operator: str) -> dict[str,
     """
     actuator = _actuator(settings)
     try:
-        async with _connected(settings) as ledger:
+        async with connected(settings, answer_s=REDIS_S) as client:
+            ledger = ledger_on(client, settings)
             brake = json.dumps({"operator": operator, "reason": reason}).encode()
             # The brake first: it takes effect with this write, whatever a busy daemon commits meanwhile.
             await ledger.store.write([Write("set", ledger.keys.halt, (brake,))])
@@ -62,7 +61,8 @@ async def rearm(settings: Settings, *, reason: str, operator: str, force: bool) 
     Raises:
         StoreError: Redis is not reachable.
     """
-    async with _connected(settings) as ledger:
+    async with connected(settings, answer_s=REDIS_S) as client:
+        ledger = ledger_on(client, settings)
         await ledger.open()
         if not ledger.state.seq:
             return {"code": 1, "state": None, "epoch": None, "message": f"refused: {nothing_here(settings)}"}
@@ -130,10 +130,7 @@ def _told(ledger: Ledger, operator: str) -> dict[str, Any]:
     }
     if done:
         notes = held.notes if held is not None else ()
-        proven = "Not verified: " + "; ".join(notes) + "." if notes else "Both were verified."
-        message = (
-            f"DISARMED, epoch {mode.epoch}. The Apply Layer's file says dry run, its service was restarted. {proven}"
-        )
+        message = f"DISARMED, epoch {mode.epoch}. {_carried_out(notes)}"
         return told | {"notes": list(notes), "message": message}
     why = (held.error if held is not None else None) or "nobody has carried it out yet"
     return told | {
@@ -141,6 +138,11 @@ def _told(ledger: Ledger, operator: str) -> dict[str, Any]:
         f"{why}. "
         "The daemon tries again; stop the service by hand if you cannot wait."
     }
+
+
+def _carried_out(notes: tuple[str, ...]) -> str:
+    verified = "Not verified: " + "; ".join(notes) + "." if notes else "Both were verified."
+    return f"The Apply Layer's file says dry run, its service was restarted. {verified}"
 
 
 async def _without_redis(
@@ -167,11 +169,7 @@ async def _without_redis(
             f"Redis is not reachable ({error}) AND THE APPLY LAYER COULD NOT BE FORCED TO DRY RUN: {problem}. {kept}"
         )
     else:
-        open_ = " Not verified: " + "; ".join(proof.notes) + "." if proof.notes else ""
-        message = (
-            f"The Apply Layer's file says dry run, its service was restarted.{open_} "
-            f"Redis is not reachable ({error}). {kept}"
-        )
+        message = f"{_carried_out(proof.notes)} Redis is not reachable ({error}). {kept}"
     return told | {"done": proof is not None, "message": message}
 
 
@@ -191,14 +189,3 @@ async def _lock(actuator: Actuator) -> AsyncIterator[None]:
 
 def _actuator(settings: Settings) -> Actuator:
     return Actuator(config_path=settings.apply_config_path, service=settings.apply_service, clock=now)
-
-
-@asynccontextmanager
-async def _connected(settings: Settings) -> AsyncIterator[Ledger]:
-    keys = Keys(settings.key_prefix)
-    client = store.client(**redis_options(settings), socket_timeout=REDIS_S)
-    try:
-        events = store.RedisStore(client, stream=keys.events, halt=keys.halt)
-        yield Ledger(events, keys, now, audit_key=settings.audit_key.encode() or None)
-    finally:
-        await client.aclose()

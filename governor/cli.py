@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from governor.times import utc
+
 if TYPE_CHECKING:
+    from events.store import RedisStore
     from events.types import Head, Recorded
-    from governor.ledger import Ledger
     from governor.replay import Replay
     from governor.settings import Settings
 
@@ -95,10 +97,12 @@ def status(*, as_json: bool) -> None:
 
     async def work() -> int:
         from governor import status as views  # noqa: PLC0415
-        from governor.connection import now  # noqa: PLC0415
+        from governor.connection import connected, ledger_on, now  # noqa: PLC0415
 
         settings = _settings(logs=True)
-        async with _ledger(settings) as ledger:
+        async with connected(settings) as client:
+            ledger = ledger_on(client, settings)
+            await ledger.open()
             (halt,) = await ledger.store.values(ledger.keys.halt)
             told = views.describe(ledger.state, views.policy_of(ledger.state, settings.policy), now())
         if not ledger.state.seq:
@@ -259,22 +263,19 @@ def rebuild(*, check: bool, as_json: bool) -> None:
     """
 
     async def work() -> int:
-        from events import store  # noqa: PLC0415
-        from governor.connection import now, redis_options  # noqa: PLC0415
+        from governor.connection import connected, ledger_on, now  # noqa: PLC0415
         from governor.rebuild import rebuild as mend  # noqa: PLC0415
 
         settings = _settings(logs=True)
-        client = store.client(**redis_options(settings), socket_timeout=5)
-        try:
-            async with _ledger(settings) as ledger:
-                differences = await mend(ledger, client, now(), check=check)
-                told = {
-                    "events": ledger.state.seq,
-                    "keys_written": 0 if check else len(differences),
-                    "differences": differences,
-                }
-        finally:
-            await client.aclose()
+        async with connected(settings) as client:
+            ledger = ledger_on(client, settings)
+            await ledger.open()
+            differences = await mend(ledger, client, now(), check=check)
+        told = {
+            "events": ledger.state.seq,
+            "keys_written": 0 if check else len(differences),
+            "differences": differences,
+        }
         if as_json:
             _print_json(told)
         else:
@@ -379,29 +380,11 @@ def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
 
 
 @asynccontextmanager
-async def _store(settings: Settings) -> AsyncIterator[Any]:
-    from events import store  # noqa: PLC0415
-    from events.keys import Keys  # noqa: PLC0415
-    from governor.connection import redis_options  # noqa: PLC0415
+async def _store(settings: Settings) -> AsyncIterator[RedisStore]:
+    from governor.connection import connected, store_on  # noqa: PLC0415
 
-    keys = Keys(settings.key_prefix)
-    client = store.client(**redis_options(settings), socket_timeout=5)
-    try:
-        yield store.RedisStore(client, stream=keys.events, halt=keys.halt)
-    finally:
-        await client.aclose()
-
-
-@asynccontextmanager
-async def _ledger(settings: Settings) -> AsyncIterator[Ledger]:
-    from events.keys import Keys  # noqa: PLC0415
-    from governor.connection import now  # noqa: PLC0415
-    from governor.ledger import Ledger  # noqa: PLC0415
-
-    async with _store(settings) as store:
-        ledger = Ledger(store, Keys(settings.key_prefix), now, audit_key=settings.audit_key.encode() or None)
-        await ledger.open()
-        yield ledger
+    async with connected(settings) as client:
+        yield store_on(client, settings)
 
 
 def _operator() -> str:
@@ -437,7 +420,7 @@ def _event_line(recorded: Recorded) -> str:
         if data.get(name) is not None
     ]  # fmt: skip
     name = click.style(f"{recorded.event.NAME:<22}", fg=_colour(recorded.event.NAME, data.get("verdict")))
-    return f"{recorded.seq:>8}  {_time(recorded.at / 1e6)}  {name} {' '.join(shown)}"
+    return f"{recorded.seq:>8}  {utc(recorded.at / 1e6)}  {name} {' '.join(shown)}"
 
 
 def _colour(name: str, verdict: str | None) -> str | None:
@@ -448,20 +431,16 @@ def _colour(name: str, verdict: str | None) -> str | None:
     return "green" if verdict == "EXECUTE" or name in ("REARMED", "RECOVERED") else None
 
 
-def _time(unix: float) -> str:
-    return dt.datetime.fromtimestamp(unix, dt.UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
-
-
 def _print_status(told: dict[str, Any]) -> None:
     colour = {"ARMED": "green", "THROTTLED": "yellow"}.get(told["state"], "red")
     reason = f"  ({told['reason']})" if told["reason"] else ""
-    click.echo(f"{click.style(told['state'], fg=colour, bold=True)}{reason}  since {_time(told['since'])}"
+    click.echo(f"{click.style(told['state'], fg=colour, bold=True)}{reason}  since {utc(told['since'])}"
                f"  epoch {told['epoch']}  event {told['seq']}")  # fmt: skip
     if told["halted"] is not None:
         click.secho(f"emergency brake: {told['halted']}", fg="red")
     if told["throttle"]:
         causes = ", ".join(f"{cause['reason']} ({cause['symbol'] or 'all'})" for cause in told["throttle"]["causes"])
-        click.echo(f"throttled until {_time(told['throttle']['until'])}: {causes}")
+        click.echo(f"throttled until {utc(told['throttle']['until'])}: {causes}")
     if told["disarm"] and not told["disarm"]["done"]:
         click.secho(
             f"DISARM UNFINISHED after {told['disarm']['attempts']} attempts: {told['disarm']['error']}", fg="red"
@@ -475,7 +454,7 @@ def _print_status(told: dict[str, Any]) -> None:
                 symbol,
                 *(_of(values[name]) for name in ("exec_1h", "exec_5min", "daily_notional", "daily_qty")),
                 "now" if values["next_allowed"] is not None and values["next_allowed"] <= told["time"]
-                else "never" if values["next_allowed"] is None else _time(values["next_allowed"]),
+                else "never" if values["next_allowed"] is None else utc(values["next_allowed"]),
             )
         )  # fmt: skip
     click.echo(f"all symbols today: {_of(told['total_daily_notional'])} USD    errors: {_of(told['errors'])}    "

@@ -12,15 +12,13 @@ from typing import Any, TypeVar
 import structlog
 import uvloop
 
-from events import store
 from events.intake import Intake
 from events.keys import Keys
 from governor import logs
 from governor.actuator import Actuator, PendingNote
 from governor.binance import Binance
-from governor.connection import now, redis_options
+from governor.connection import client, ledger_on, now
 from governor.http import Answer, HttpServer
-from governor.ledger import Ledger
 from governor.metrics import Metrics
 from governor.notify import Notifier
 from governor.service import VERSION, Governor
@@ -57,17 +55,12 @@ async def serve(settings: Settings) -> None:
         log.warning("setting ignored", problem=warning)
     loop = asyncio.get_running_loop()
     keys = Keys(settings.key_prefix)
-    options = redis_options(settings)
-    commits = store.client(**options, socket_timeout=5)
-    reads = store.client(**options, socket_timeout=5)
-    key = settings.audit_key.encode() or None
+    commits, reads = client(settings), client(settings)  # reads block, so they have a connection of their own
     governor: Governor | None = None
 
-    ledger = Ledger(
-        store.RedisStore(commits, stream=keys.events, halt=keys.halt),
-        keys,
-        now,
-        audit_key=key,
+    ledger = ledger_on(
+        commits,
+        settings,
         observe=lambda recorded, state: governor.observe(recorded, state) if governor is not None else None,
         turned=lambda: governor.beat() if governor is not None else None,
     )
@@ -182,11 +175,11 @@ def _in_loop(loop: asyncio.AbstractEventLoop, ask: Callable[[], T], *, within_s:
         return None
 
 
-async def _refuse_plain_prefix_on_cluster(client: Any, settings: Settings) -> None:
+async def _refuse_plain_prefix_on_cluster(connection: Any, settings: Settings) -> None:
     if "{" in settings.key_prefix:
         return
     try:
-        info = await client.info("cluster")
+        info = await connection.info("cluster")
     except Exception as error:  # noqa: BLE001 - not reachable yet, or INFO not allowed: nothing to refuse
         log.debug("cluster state unknown", error=str(error))
         return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from events.types import Decision, Execution, PermitConsumed, PermitExpired, PermitRevoked, PlanReceived, Recorded
+from governor.times import utc
 
 
 def explain(plan_id: str, events: Iterable[Recorded]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def lines(told: dict[str, Any]) -> list[str]:
     plan, decision, market, permit = told["plan"], told["decision"], told["market"], told["permit"]
     if plan is not None:
         fields = plan["fields"]
-        found.append(f"  received   {_time(plan['received_at'])}  {fields.get('symbol')} {fields.get('action')} "
+        found.append(f"  received   {utc(plan['received_at'])}  {fields.get('symbol')} {fields.get('action')} "
                      f"decision={fields.get('decision')} kill_score={fields.get('kill_score')}")  # fmt: skip
     if decision is not None:
         if market["asked"]:
@@ -88,13 +88,9 @@ def lines(told: dict[str, Any]) -> list[str]:
                      + f"  qty {decision['computed_qty']}  notional {decision['computed_notional']}")  # fmt: skip
     if permit is not None:
         source = f" ({permit['source']})" if "source" in permit else ""
-        found.append(f"  permit     {permit['status']}{source}  granted {_time(permit['granted_at'])}"
-                     f"  until {_time(permit['expires_at'])}")  # fmt: skip
+        found.append(f"  permit     {permit['status']}{source}  granted {utc(permit['granted_at'])}"
+                     f"  until {utc(permit['expires_at'])}")  # fmt: skip
     found += [
-        f"  {event['event'].lower():<24} {_time(event['timestamp'])}  event {event['seq']}" for event in told["events"]
+        f"  {event['event'].lower():<24} {utc(event['timestamp'])}  event {event['seq']}" for event in told["events"]
     ]
     return found
-
-
-def _time(unix: float) -> str:
-    return dt.datetime.fromtimestamp(unix, dt.UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"

@@ -272,6 +272,7 @@ class Ledger:
                 break
             values: list[Any] = []
             error: Exception | None = None
+            revoked = False
             for propose in item.proposals:
                 try:
                     proposal = propose(fork, now)
@@ -285,6 +286,7 @@ class Ledger:
                 ]
                 for each in recorded:
                     evolve(fork, each)
+                    revoked = revoked or isinstance(each.event, PermitRevoked)
                 entries += new
                 written += recorded
                 requires += proposal.requires
@@ -293,7 +295,7 @@ class Ledger:
                 acks += proposal.acks
                 values.append(proposal.value)
             outcomes.append((item, Outcome(values, error)))
-            if any(isinstance(each.event, PermitRevoked) for each in written):
+            if revoked:
                 break  # what follows is decided once it is known which of them had been consumed
         correction: list[_Item] = []
         if entries or acks or writes:

@@ -22,6 +22,7 @@ from events.types import (
 )
 from governor.gates import REASONS
 from governor.machine import STATES
+from governor.plans import entry_time
 from governor.policy import Policy
 from projections import totals, windows
 from projections.state import State
@@ -185,8 +186,7 @@ class Metrics(Collector):
                 pass
 
     def _decided(self, event: Decision, now: int) -> None:
-        written = int(event.entry_id.partition("-")[0]) * 1000
-        self.decision_seconds.observe(max(0, now - written) / 1e6)
+        self.decision_seconds.observe(max(0, now - entry_time(event.entry_id)) / 1e6)
 
     def describe(self) -> Iterable[Metric]:
         return []

@@ -27,7 +27,7 @@ import structlog
 
 from events.decimals import text
 from events.intake import GROUP, Delivery, Intake
-from events.keys import Keys
+from events.keys import Keys, day_of
 from events.store import Ack, Require, RequirementError, StoreError, Write
 from events.types import Decision, Event, Recorded, SettingsLoaded
 from governor import decider, disarming
@@ -38,7 +38,7 @@ from governor.market import Market
 from governor.metrics import Metrics, Snapshot, snapshot_symbols
 from governor.notify import Notifier
 from governor.permits import TAKE_BACK_US
-from governor.plans import MalformedPlanError, Plan, parse_plan
+from governor.plans import MalformedPlanError, Plan, entry_time, parse_plan
 from governor.results import parse_result
 from governor.settings import Settings
 from projections import errors, totals, views
@@ -110,8 +110,6 @@ class Governor:
         self.metrics = metrics
         self.following = False
         """Whether the plan stream is being read."""
-        self.skew_s = 0.0
-        """Redis' clock minus ours."""
         self.loop_at = 0
         self.stopping = False
         self._told = ("", 0.0)
@@ -378,7 +376,6 @@ class Governor:
         await self._end_throttle()
         (state,) = await self.ledger.store.values(self.keys.state)
         self.ledger.skew_us = await self.ledger.store.clock() - self.clock()
-        self.skew_s = self.ledger.skew_us / 1e6
         if state is None:
             await self.ledger.submit(lambda state, _now: Proposal(writes=[views.state_write(state, self.keys)]))
         await self._take_note()
@@ -512,8 +509,9 @@ class Governor:
             p for p in (self.ledger.problem, None if self.following else "the plan stream is not followed") if p
         ]
         notes = []
-        if abs(self.skew_s) > CLOCK_OFF_S:
-            notes.append(f"this clock is {abs(self.skew_s):.1f} s {'behind' if self.skew_s > 0 else 'ahead of'} Redis'")
+        skew_s = self.ledger.skew_us / 1e6
+        if abs(skew_s) > CLOCK_OFF_S:
+            notes.append(f"this clock is {abs(skew_s):.1f} s {'behind' if skew_s > 0 else 'ahead of'} Redis'")
         held_back = getattr(self.exchange, "blocked_until_us", 0)
         if held_back > self.clock():
             notes.append(f"exchange calls are held back for {(held_back - self.clock()) / 1e6:.0f} s more")
@@ -536,7 +534,7 @@ class Governor:
         """The gauges' values now."""
         state, now = self.ledger.state, self.clock()
         rows, left = snapshot_symbols(state, self.policy, now, self.settings.symbol_labels)
-        oldest = min((queue[0].entry_id for queue in self._queues.values() if queue), default=None, key=_entry_ms)
+        oldest = min((queue[0].entry_id for queue in self._queues.values() if queue), default=None, key=entry_time)
         limit = self.policy.total_notional_per_day
         at = max(now, state.time)
         return Snapshot(
@@ -544,11 +542,11 @@ class Governor:
             epoch=state.mode.epoch,
             outstanding=len(state.permits),
             disarm_pending=disarming.pending(state) is not None,
-            total_notional=float(totals.on(state.days, at // 86_400_000_000).notional),
+            total_notional=float(totals.on(state.days, day_of(at)).notional),
             total_limit=None if limit is None else float(limit),
             symbols=rows,
             truncated=left,
-            plan_lag=max(0.0, now / 1e6 - _entry_ms(oldest) / 1e3) if oldest else 0.0,
+            plan_lag=max(0.0, (now - entry_time(oldest)) / 1e6) if oldest else 0.0,
             events=state.seq,
             conflicts=self.ledger.conflicts,
             errors=errors.count(state.errors, now=at, window=self.policy.error_window_us),
@@ -610,7 +608,3 @@ def _digits(number: Decimal | None) -> str | None:
 
 def _plan_id(delivery: Delivery) -> str:
     return (delivery.fields or {}).get("plan_id", "?")[:128]
-
-
-def _entry_ms(entry_id: str) -> int:
-    return int(entry_id.partition("-")[0])
