@@ -25,7 +25,7 @@ def link(previous: str, name: str, seq: int, timestamp: str, data: bytes, *, key
     """Hash of one entry: SHA-256 (HMAC with a key) of previous, name, seq, timestamp, data, one a line."""
     covered = f"{previous}\n{name}\n{seq}\n{timestamp}\n".encode() + data
     if key:
-        return hmac.new(key, covered, hashlib.sha256).hexdigest()
+        return hmac.digest(key, covered, "sha256").hex()
     return hashlib.sha256(covered).hexdigest()
 
 
@@ -40,11 +40,12 @@ def verify(entries: Iterable[Entry], *, after: Head = GENESIS, key: bytes | None
     Raises:
         ChainError: a number is missing or out of order, or a hash does not cover what is stored.
     """
-    seq, previous = after
+    last, previous = after
     for entry in entries:
-        if entry.seq != seq + 1:
-            raise ChainError(entry.seq, f"follows event {seq}, expected {seq + 1}")
-        if link(previous, entry.name, entry.seq, entry.timestamp, entry.data, key=key) != entry.hash:
-            raise ChainError(entry.seq, "its hash does not cover what is stored and the hash before it")
-        seq, previous = entry.seq, entry.hash
+        name, seq, timestamp, data, digest = entry
+        if seq != last + 1:
+            raise ChainError(seq, f"follows event {last}, expected {last + 1}")
+        if link(previous, name, seq, timestamp, data, key=key) != digest:
+            raise ChainError(seq, "its hash does not cover what is stored and the hash before it")
+        last, previous = seq, digest
         yield entry

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from events import chain
-from events.types import ALL, BY_NAME, AutoDisarm, Entry, Event, Head, Recorded
+from events.types import (
+    ALL,
+    BY_NAME,
+    AutoDisarm,
+    Check,
+    Decision,
+    Entry,
+    Event,
+    Execution,
+    Head,
+    PlanReceived,
+    Recorded,
+)
 
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -17,9 +30,38 @@ UPCASTERS: dict[tuple[str, int], Upcaster] = {}
 """(event name, version n) -> what turns that data into version n + 1. One step each."""
 
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
+Decoders = Mapping[str, msgspec.json.Decoder[Event]]
+"""By event name."""
 _DECODERS: dict[str, msgspec.json.Decoder[Event]] = {cls.NAME: msgspec.json.Decoder(cls) for cls in ALL}
+WHOLE: Decoders = _DECODERS
+
+
+def _left_out(name: str) -> str:
+    return f"-{name}"
+
+
+class _PlanReceived(PlanReceived, frozen=True, kw_only=True, rename=_left_out):
+    fields: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class _Decision(Decision, frozen=True, kw_only=True, rename=_left_out):
+    checks: tuple[Check, ...] = ()
+    position_amt: Decimal | None = None
+    mark_price: Decimal | None = None
+    legs: dict[str, Decimal] | None = None
+
+
+class _Execution(Execution, frozen=True, kw_only=True, rename=_left_out):
+    fields: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+FOLDED: Decoders = _DECODERS | {cls.NAME: msgspec.json.Decoder(cls) for cls in (_PlanReceived, _Decision, _Execution)}
+"""For a fold: what no fold looks at is left out. The names given to those fields are in no event, so that they keep
+their defaults; reading them takes half of the time of a start."""
 _OBJECT = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 _SECOND = 1_000_000
+_recorded: Callable[[tuple[int, int, Event, str]], Recorded] = partial(tuple.__new__, Recorded)
+"""A named tuple's own constructor is a Python function; this one runs for every event that is read."""
 
 
 class CodecError(ValueError):
@@ -53,10 +95,10 @@ def microseconds(timestamp: str) -> int:
     Raises:
         CodecError: not unix seconds with six decimals.
     """
-    whole, dot, fraction = timestamp.partition(".")
-    if not (timestamp.isascii() and dot and len(fraction) == 6 and fraction.isdecimal() and whole.isdecimal()):
+    digits = timestamp[:-7] + timestamp[-6:]
+    if len(digits) < 7 or timestamp[-7] != "." or not (digits.isascii() and digits.isdecimal()):
         raise CodecError(f"timestamp {timestamp!r} is not unix seconds with six decimals")
-    return int(whole) * _SECOND + int(fraction)
+    return int(digits)
 
 
 def dumps(value: object) -> bytes:
@@ -92,26 +134,30 @@ def plain_fields(entry: Entry) -> list[tuple[str, bytes]]:
     ]
 
 
-def decode(entry: Entry) -> Recorded:
+def decode(entry: Entry, decoders: Decoders = WHOLE) -> Recorded:
     """Read a stored entry, through the upcasters where it is older than its type.
+
+    Args:
+        entry: as it is stored.
+        decoders: `WHOLE`, or `FOLDED` where the event is folded and nothing else.
 
     Raises:
         CodecError: see there; the message names the event and the problem.
     """
-    cls = BY_NAME.get(entry.name)
-    if cls is None:
-        raise CodecError(f"event {entry.seq}: unknown event {entry.name!r}")
+    name, seq, timestamp, data, digest = entry
+    decoder = decoders.get(name)
+    if decoder is None:
+        raise CodecError(f"event {seq}: unknown event {name!r}")
     try:
-        event = _DECODERS[entry.name].decode(entry.data)
-        if event.v != cls.VERSION:
-            event = _upcast(cls, entry)
+        event = decoder.decode(data)
+        if event.v != event.VERSION:
+            event = _upcast(BY_NAME[name], entry)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        event = _upcast(cls, entry, error)
+        event = _upcast(BY_NAME[name], entry, error)
     try:
-        at = microseconds(entry.timestamp)
+        return _recorded((seq, microseconds(timestamp), event, digest))
     except CodecError as problem:
-        raise CodecError(f"event {entry.seq}: {entry.name} cannot be read: {problem}") from None
-    return Recorded(entry.seq, at, event, entry.hash)
+        raise CodecError(f"event {seq}: {name} cannot be read: {problem}") from None
 
 
 def _upcast(cls: type[Event], entry: Entry, error: Exception | None = None) -> Event:

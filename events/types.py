@@ -49,6 +49,8 @@ class PlanRejected(_Event, frozen=True, kw_only=True):
     symbol: str | None = None
     decision: str | None = None
     fields: dict[str, str] = {}
+    truncated: bool = False
+    """True when fields were cut; what is wrong can then only be taken from `reason`."""
 
 
 class PlanLost(_Event, frozen=True, kw_only=True):
@@ -153,8 +155,12 @@ class Execution(_Event, frozen=True, kw_only=True):
     executed_qty: Decimal | None = None
     counted: bool = False
     """True when a released reservation is counted again."""
+    failed: bool = False
+    """A step failed, or the whole plan did."""
     error: str | None = None
     fields: dict[str, str] = {}
+    truncated: bool = False
+    """True when fields were cut; what they said can then only be taken from this event."""
 
 
 class UnpermittedExecution(_Event, frozen=True, kw_only=True):

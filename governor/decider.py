@@ -167,7 +167,7 @@ def reject(
     """A stream entry that is no plan."""
     if state.entries.get(entry_id) is not None:
         return ()
-    kept, _ = cut(fields, REJECTED_BYTES)
+    kept, truncated = cut(fields, REJECTED_BYTES)
     rejected = PlanRejected(
         entry_id=entry_id,
         reason=str(problem),
@@ -175,6 +175,7 @@ def reject(
         symbol=problem.symbol,
         decision=fields.get("decision", "")[:32] or None,
         fields=kept,
+        truncated=truncated,
     )
     if not problem.counts:
         return (rejected,)
@@ -207,7 +208,7 @@ def execution(state: State, result: Result, policy: Policy, now: int, *, fields:
     plan = state.plan(result.plan_id, now=now)
     permit, symbol = (plan.permit, plan.symbol) if plan is not None else ("unknown", result.symbol)
     again = result.executed and permit == "expired"
-    kept, _ = cut(fields, REJECTED_BYTES)
+    kept, truncated = cut(fields, REJECTED_BYTES)
     told = Execution(
         plan_id=result.plan_id,
         symbol=symbol,
@@ -217,8 +218,10 @@ def execution(state: State, result: Result, policy: Policy, now: int, *, fields:
         permit=permit,
         executed_qty=result.executed_qty,
         counted=again,
+        failed=result.failed,
         error=result.error[:500] if result.error else None,
         fields=kept,
+        truncated=truncated,
     )
     found: list[Event] = [told]
     if result.executed and permit == "outstanding":
@@ -240,6 +243,8 @@ def execution(state: State, result: Result, policy: Policy, now: int, *, fields:
         problems.append(("execution_error", result.error or "a step failed"))
     for kind, detail in problems:
         found.append(ErrorRecorded(kind=kind, detail=detail[:500], plan_id=result.plan_id, symbol=symbol))
+    if not around and not problems:
+        return tuple(found)
     tried = _tried(state, found, now)
     if around and policy.auto_disarm and policy.disarm_on_unpermitted and state.mode.state != DISARMED:
         context: Context = {"plan_id": result.plan_id, "symbol": symbol, "permit": permit}

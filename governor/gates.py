@@ -56,23 +56,18 @@ class Case(NamedTuple):
     quantity: Decimal | None
     notional: Decimal | None
     """None without a price."""
-
-    @property
-    def moves(self) -> bool:
-        """Whether the plan moves a quantity."""
-        return self.plan.action != UPDATE_SL
-
-    @property
-    def times(self) -> tuple[int, ...]:
-        """The executions that share windows with this plan."""
-        return self.book.executions if self.moves else self.book.stops
+    moves: bool
+    """Whether the plan moves a quantity."""
+    times: tuple[int, ...]
+    """The executions that share windows with this plan."""
 
 
 def case(plan: Plan, policy: Policy, state: State, market: Market | None, situation: Situation) -> Case:
     """Put together what the gates look at, quantities computed where they can be."""
     position = price = quantity = None
     fraction = CLOSE_FRACTIONS.get(plan.action)
-    if plan.action == UPDATE_SL:
+    moves = plan.action != UPDATE_SL
+    if not moves:
         quantity = ZERO
     elif fraction is not None and policy.credentials and market is not None:
         price = market.mark_price
@@ -81,18 +76,21 @@ def case(plan: Plan, policy: Policy, state: State, market: Market | None, situat
             quantity = product(position, fraction)
     elif fraction is not None and not policy.credentials:
         quantity = plan.close_qty if plan.close_qty is not None and plan.close_qty > 0 else policy.fallback_qty
+    book = state.book(plan.symbol)
     return Case(
         plan,
         policy,
         policy.of(plan.symbol),
         state,
-        state.book(plan.symbol),
+        book,
         market,
         situation,
         max(situation.now, state.time),
         position,
         quantity,
         None if quantity is None or price is None else notional(quantity, price),
+        moves,
+        book.executions if moves else book.stops,
     )
 
 
@@ -118,7 +116,7 @@ def plan_age(case: Case) -> Check:
 
 def action(case: Case) -> Check:
     """The action is known."""
-    return Check("action", case.plan.action in CLOSE_FRACTIONS or case.plan.action == UPDATE_SL)
+    return Check("action", known_action(case))
 
 
 def kill_score(case: Case) -> Check:
@@ -187,7 +185,7 @@ def throttle(case: Case) -> Check:
 
 def known_action(case: Case) -> bool:
     """Whether it can be told what the plan would move."""
-    return action(case).ok is True
+    return case.plan.action in CLOSE_FRACTIONS or case.plan.action == UPDATE_SL
 
 
 def history_of(case: Case) -> str:
@@ -199,11 +197,14 @@ def history_of(case: Case) -> str:
 
 def _window(name: str, case: Case, window: int, limit: int | None) -> Check:
     used = windows.count(case.times, now=case.now, window=window)
-    return Check(name, limit is None or used < limit, Decimal(used), None if limit is None else Decimal(limit))
+    if limit is None:
+        return Check(name, True, Decimal(used))
+    return Check(name, used < limit, Decimal(used), Decimal(limit))
 
 
 def _amount(name: str, used: Decimal, asked: Decimal, limit: Decimal | None) -> Check:
-    return Check(name, limit is None or total(used, asked) <= limit, used, limit)
+    # Zero means that nothing is allowed, not even what rounds to nothing.
+    return Check(name, limit is None or (limit > 0 and total(used, asked) <= limit), used, limit)
 
 
 def _asks(case: Case) -> bool:
@@ -254,11 +255,12 @@ REASONS: tuple[str, ...] = (*(reason for row in TABLE for reason in row.reasons)
 
 def evaluate(case: Case) -> tuple[tuple[Check, ...], str | None]:
     """Every check, and the reason: None when no gate failed."""
-    checks = tuple(row.gate(case) for row in TABLE)
-    for row, check in zip(TABLE, checks, strict=True):
-        if check.ok is False:
-            return checks, reason_of(row, case, check)
-    return checks, None
+    checks = tuple([row.gate(case) for row in TABLE])
+    verdicts = [check.ok for check in checks]
+    if False not in verdicts:
+        return checks, None
+    first = verdicts.index(False)
+    return checks, reason_of(TABLE[first], case, checks[first])
 
 
 def needs_market(case: Case) -> bool:

@@ -7,6 +7,7 @@ facts; `advance` asks the machine before an event is written, and the replay ask
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any, Literal, cast
 
 from transitions import Machine, MachineError
@@ -55,6 +56,7 @@ _MACHINE = Machine(
 )
 
 
+@cache
 def advance(state: str, trigger: Trigger) -> str:
     """The state `trigger` leads to from `state`.
 
@@ -69,6 +71,7 @@ def advance(state: str, trigger: Trigger) -> str:
     return _MODEL.state
 
 
+@cache
 def allows(state: str, trigger: Trigger) -> bool:
     """Whether `trigger` exists in `state`."""
     try:

@@ -20,11 +20,13 @@ CLOSE_FRACTIONS: dict[str, Decimal] = {
 }
 """Fraction of the position each CLOSE action closes."""
 REQUIRED = ("plan_id", "symbol", "action", "decision", "kill_score")
+_FIRST = (*REQUIRED, "close_qty", "position_side")
+"""Fields a decision uses: where an entry has to be cut, they are kept."""
 SIDES = ("BOTH", "LONG", "SHORT")
 FUTURE_US = 5_000_000
 """An entry further ahead of the clock than this was written by a clock nobody can reckon with."""
 FIELDS_BYTES = 65_536
-"""A received plan's fields are kept up to this size, a rejected one's up to REJECTED_BYTES."""
+"""A received plan's fields are kept up to this size, a rejected one's and a result's up to REJECTED_BYTES."""
 REJECTED_BYTES = 4_096
 
 _plan_id = regex(r"[A-Za-z0-9._:-]{1,128}").fullmatch
@@ -136,13 +138,15 @@ def cut(fields: dict[str, str], size: int) -> tuple[dict[str, str], bool]:
     Returns:
         The fields kept, values shortened where they had to be, and whether anything was left out.
     """
-    wanted = [*(n for n in (*REQUIRED, "close_qty", "position_side") if n in fields)]
-    wanted += [name for name in fields if name not in wanted]
+    ordered = {name: fields[name] for name in _FIRST if name in fields} | fields
+    everything = "".join(ordered) + "".join(ordered.values())
+    if len(everything) <= size and everything.isascii() and len(max(ordered, key=len, default="")) <= 128:
+        return ordered, False  # the usual case, told quickly
     kept: dict[str, str] = {}
     left = size
     whole = True
-    for name in wanted:
-        shown, value = name[:128], fields[name]
+    for name, value in ordered.items():
+        shown = name[:128]
         room = left - len(shown.encode(errors="replace"))
         short = value.encode(errors="replace")[: max(0, room)].decode(errors="ignore")
         whole = whole and room >= 0 and short == value and shown == name

@@ -11,7 +11,6 @@ and follows from none is a difference too. What was recorded is what is folded, 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -47,10 +46,11 @@ from governor.gates import Situation
 from governor.market import Market
 from governor.plans import MalformedPlanError, Plan, parse_plan
 from governor.policy import Policy, from_texts
-from governor.results import parse_result
+from governor.results import Result, parse_result
 from projections.state import State, digest, evolve, initial
 
 NO_POLICIES: Mapping[str, Policy] = MappingProxyType({})
+_DEFAULT = Policy()
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,38 +125,43 @@ class Auditor:
         until_seq: int | None = None,
         policies: Mapping[str, Policy] = NO_POLICIES,
     ) -> None:
-        self.seq = 0
+        self.seq, self._hash = chain.GENESIS
         """The last event that was looked at."""
         self._key, self._expect = key, expect
         self._until_us, self._until_seq = until_us, until_seq
         self._audit = _Audit(policies)
-        self._head = chain.GENESIS
         self._seen = expect is None or expect.seq == 0
         self._broken: str | dict[str, Any] = "ok"
-        self._stopped = False
+        self.stopped = False
+        """Whether it ended before the history did, as it was told to."""
 
     def feed(self, entries: Iterable[Entry]) -> bool:
         """The next entries. False when nothing behind them needs to be looked at."""
+        bounded = self._until_us is not None or self._until_seq is not None
         try:
-            for entry in chain.verify(entries, after=self._head, key=self._key):
+            for entry in chain.verify(entries, after=Head(self.seq, self._hash), key=self._key):
                 recorded = decode(entry)
-                if self._beyond(recorded):
-                    self._stopped = True
+                if bounded and self._beyond(recorded):
+                    self.stopped = True
                     return False
-                self._head = Head(entry.seq, entry.hash)
-                self._seen = self._seen or self._head == self._expect
+                if not self._seen:
+                    self._seen = self._expect == (entry.seq, entry.hash)
                 self._audit.take(recorded)
-                self.seq = entry.seq
+                self.seq, self._hash = entry.seq, entry.hash
         except chain.ChainError as error:
             self._broken = {"broken_at": error.seq, "problem": error.problem}
         except ValueError as error:
             self._broken = {"broken_at": self.seq + 1, "problem": str(error)}
         return self._broken == "ok"
 
+    def damaged(self, problem: str) -> None:
+        """What comes next in the history is no event."""
+        self._broken = {"broken_at": self.seq + 1, "problem": problem}
+
     def finish(self) -> tuple[Replay, State]:
         """What was found, and the state at the end."""
         # A history that is stopped on purpose may stop between an input and what followed from it.
-        self._audit.finish(compared=not self._stopped)
+        self._audit.finish(compared=not self.stopped)
         state = self._audit.state
         found = Replay(
             events=state.seq,
@@ -189,7 +194,7 @@ def decide_again(  # noqa: C901, PLR0911, PLR0912 - one case an event
         policies: by the digest their SETTINGS_LOADED has.
     """
     at, event = first.at, first.event
-    policy = policies.get(state.settings.digest if state.settings is not None else "", Policy())
+    policy = policies.get(state.settings.digest if state.settings is not None else "", _DEFAULT)
     match event:
         case PlanReceived():
             if not isinstance(second, Decision) or second.plan_id != event.plan_id:
@@ -200,8 +205,7 @@ def decide_again(  # noqa: C901, PLR0911, PLR0912 - one case an event
         case PlanLost():
             return decider.lose(state, event.entry_ids, policy, at, count=event.count)
         case Execution():
-            result = parse_result(event.fields, entry_id=event.entry_id)
-            return decider.execution(state, result, policy, at, fields=event.fields)
+            return _execution(state, event, policy, at)
         case PermitExpired():
             return decider.take_back(state, event.plan_id, gone=False, now=at)
         case PermitConsumed(source="observed" | "assumed"):
@@ -268,13 +272,46 @@ def _market(decision: Decision) -> Market | None:
     )
 
 
+def _execution(state: State, event: Execution, policy: Policy, at: int) -> Sequence[Event]:
+    if not event.truncated:
+        result = parse_result(event.fields, entry_id=event.entry_id)
+        return decider.execution(state, result, policy, at, fields=event.fields)
+    result = Result(
+        plan_id=event.plan_id,
+        symbol=event.symbol,
+        decision=event.decision,
+        entry_id=event.entry_id,
+        executed=event.executed,
+        error=event.error,
+        step_failed=event.failed,
+        executed_qty=event.executed_qty,
+    )
+    return _as_cut(decider.execution(state, result, policy, at, fields=event.fields))
+
+
 def _rejected(state: State, event: PlanRejected, policy: Policy, at: int) -> Sequence[Event]:
-    asks = policy.credentials
+    problem = _problem(event, policy, at)
+    if problem is None:
+        return ()
+    led_to = decider.reject(state, problem, policy, Situation(now=at), fields=event.fields, entry_id=event.entry_id)
+    return _as_cut(led_to, decision=event.decision) if event.truncated else led_to
+
+
+def _problem(event: PlanRejected, policy: Policy, at: int) -> MalformedPlanError | None:
+    """What is wrong with it: told by its fields, or where they were cut, by the event."""
+    if event.truncated:
+        counts = event.decision in (None, "", "EXECUTE")
+        return MalformedPlanError(event.reason, plan_id=event.plan_id, symbol=event.symbol, counts=counts)
     try:
-        parse_plan(event.fields, entry_id=event.entry_id, now=at, needs_close_qty=not asks)
+        parse_plan(event.fields, entry_id=event.entry_id, now=at, needs_close_qty=not policy.credentials)
     except MalformedPlanError as problem:
-        return decider.reject(state, problem, policy, Situation(now=at), fields=event.fields, entry_id=event.entry_id)
-    return ()
+        return problem
+    return None
+
+
+def _as_cut(led_to: Sequence[Event], **kept: Any) -> Sequence[Event]:
+    """What cut fields led to: what is left of them is short enough, but not whole."""
+    return (msgspec.structs.replace(led_to[0], truncated=True, **kept), *led_to[1:]) if led_to else ()
 
 
 class _Audit:
@@ -285,14 +322,15 @@ class _Audit:
         self.differences: list[Difference] = []
         self.decisions = 0
         self._policies = dict(policies)
-        self._waiting: deque[Recorded] = deque()
+        self._waiting: list[Recorded] = []
         self._computed: Sequence[Event] | None = None
 
     def take(self, recorded: Recorded) -> None:
         """One more recorded event."""
         event = recorded.event
-        self.decisions += isinstance(event, Decision)
-        if isinstance(event, SettingsLoaded):
+        if isinstance(event, Decision):
+            self.decisions += 1
+        elif isinstance(event, SettingsLoaded):
             self._policies.setdefault(event.digest, from_texts(event.settings, event.limits))
         self._waiting.append(recorded)
         self._settle(last=False)
@@ -306,19 +344,25 @@ class _Audit:
         self._waiting.clear()
 
     def _settle(self, *, last: bool) -> None:
-        while self._waiting:
-            first = self._waiting[0]
-            if self._computed is None:
-                if isinstance(first.event, PlanReceived) and len(self._waiting) == 1 and not last:
+        waiting, state = self._waiting, self.state
+        while waiting:
+            computed = self._computed
+            if computed is None:
+                first = waiting[0]
+                if len(waiting) == 1 and not last and isinstance(first.event, PlanReceived):
                     return
-                second = self._waiting[1].event if len(self._waiting) > 1 else None
-                self._computed = decide_again(self.state, first, second, self._policies)
-            if len(self._waiting) < len(self._computed) and not last:
+                second = waiting[1].event if len(waiting) > 1 else None
+                computed = self._computed = decide_again(state, first, second, self._policies)
+            if len(waiting) < len(computed) and not last:
                 return
-            found, taken = compare(list(self._waiting)[: max(1, len(self._computed))], self._computed)
-            self.differences += found
-            for _ in range(taken):
-                evolve(self.state, self._waiting.popleft())
+            taken = waiting[: len(computed) or 1]
+            if [recorded.event for recorded in taken] != [*computed]:
+                found, count = compare(taken, computed)
+                self.differences += found
+                taken = taken[:count]
+            for recorded in taken:
+                evolve(state, recorded)
+            del waiting[: len(taken)]
             self._computed = None
 
 

@@ -9,6 +9,8 @@ import msgspec
 
 from events.decimals import ZERO, parse, total
 
+_decode = json.JSONDecoder(parse_float=Decimal).decode
+
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """One result entry, read leniently: a result tells what happened, so nothing in it is refused."""
@@ -45,14 +47,14 @@ def parse_result(fields: dict[str, str], *, entry_id: str) -> Result:
         entry_id=entry_id,
         executed=fields.get("executed", "").strip().lower() in ("true", "1"),
         error=_shown(fields.get("error", ""), 500) or None,
-        step_failed=any(str(step.get("status", "")).lower() == "error" for step in steps),
+        step_failed="error" in [str(step.get("status", "")).lower() for step in steps],
         executed_qty=_sum(quantities) if quantities else None,
     )
 
 
 def _steps(text: str) -> list[dict[str, object]]:
     try:
-        steps = json.loads(text or "[]", parse_float=Decimal)
+        steps = _decode(text or "[]")
     except (ValueError, RecursionError):
         return []
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
@@ -60,6 +62,8 @@ def _steps(text: str) -> list[dict[str, object]]:
 
 def _shown(text: str, most: int) -> str:
     """Text a terminal can be shown: nothing in a result is refused, so anything may be in it."""
+    if text.isprintable():
+        return text[:most]
     return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text[:most])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from copy import copy
 from decimal import Decimal
 from itertools import islice, takewhile
 from typing import Any, TypeVar, assert_never
@@ -110,8 +111,8 @@ class Mode(msgspec.Struct, frozen=True, gc=False):
         return any(where is None or where == symbol for where, _ in self.causes)
 
 
-class Counts(msgspec.Struct, frozen=True, gc=False):
-    """Totals over the whole stream; they add up: plans = allowed + blocked + skipped."""
+class Counts(msgspec.Struct, gc=False):
+    """Totals over the whole stream; they add up: plans = allowed + blocked + skipped. Counted in place."""
 
     plans: int = 0
     allowed: int = 0
@@ -163,10 +164,11 @@ class State:
     def fork(self) -> State:
         """A state to try events on; this one stays as it is."""
         other = State()
-        for name in ("seq", "hash", "time", "first_at", "mode", "settings", "hold_until", "counts", "days", "errors"):
+        for name in ("seq", "hash", "time", "first_at", "mode", "settings", "hold_until", "days", "errors"):
             setattr(other, name, getattr(self, name))
         for name in ("books", "plans", "permits", "entries", "results"):
             setattr(other, name, getattr(self, name).fork())
+        other.counts = copy(self.counts)
         other.forked = True
         return other
 
@@ -198,41 +200,42 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
     if seq != state.seq + 1:
         raise GapError(state.seq + 1, seq)
     state.seq, state.hash = seq, digest
-    time = state.time = max(state.time, at)
+    state.time = max(state.time, at)
+    time = state.time
     if state.first_at is None:
         state.first_at = time
     counts = state.counts
     match event:
         case PlanReceived():
-            state.entries.set(event.entry_id, time)
-            state.counts = _more(counts, plans=1)
+            state.entries.renew(event.entry_id, time)
+            counts.plans += 1
         case Decision():
             _decided(state, event)
-        case PermitConsumed():
-            known = state.plan(event.plan_id)
-            # It was gone before the disarm that was to delete it: it had been consumed, not revoked.
-            late = known is not None and known.permit == "revoked"
-            _settle(state, event.plan_id, "consumed")
-            state.counts = _more(counts, consumed=1, revoked=-1 if late else 0)
-        case PermitExpired():
-            if (reservation := _settle(state, event.plan_id, "expired")) is not None:
-                _release(state, reservation)
-            state.counts = _more(counts, expired=1)
-        case PermitRevoked():
-            _settle(state, event.plan_id, "revoked")
-            state.counts = _more(counts, revoked=1)
-        case PlanRejected():
-            state.entries.set(event.entry_id, time)
-            state.counts = _more(counts, rejected=1)
-        case ErrorRecorded():
-            state.errors = errors.add(state.errors, time)
-            state.counts = _more(counts, errors=1)
         case Execution():
-            state.results.set(event.entry_id, time)
+            state.results.renew(event.entry_id, time)
             if event.counted and (plan := state.plan(event.plan_id)) is not None and plan.reservation is not None:
                 state.plans.set(event.plan_id, msgspec.structs.replace(plan, permit="consumed"))
                 _reserve(state, msgspec.structs.replace(plan.reservation, at=time))
-            state.counts = _more(counts, executions=1)
+            counts.executions += 1
+        case PermitConsumed():
+            if state.permits.get(event.plan_id) is None and (plan := state.plan(event.plan_id)) is not None:
+                # It was gone before the disarm that was to delete it: it had been consumed, not revoked.
+                counts.revoked -= plan.permit == "revoked"
+            _settle(state, event.plan_id, "consumed")
+            counts.consumed += 1
+        case PermitExpired():
+            if (reservation := _settle(state, event.plan_id, "expired")) is not None:
+                _release(state, reservation)
+            counts.expired += 1
+        case PermitRevoked():
+            _settle(state, event.plan_id, "revoked")
+            counts.revoked += 1
+        case PlanRejected():
+            state.entries.renew(event.entry_id, time)
+            counts.rejected += 1
+        case ErrorRecorded():
+            state.errors = errors.add(state.errors, time)
+            counts.errors += 1
         case Throttled():
             _throttled(state, event)
         case Recovered():
@@ -240,7 +243,7 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
         case DisarmStarted():
             disarm = Disarm(time, event.reason, event.context, event.epoch, event.manual, event.operator)
             state.mode = Mode(DISARMED, time, event.reason, event.epoch, seq, disarm=disarm)
-            state.counts = _more(counts, disarms=1)
+            counts.disarms += 1
         case AutoDisarm() | ManualDisarm():
             notes = tuple(str(note) for note in event.proof.get("notes", ()))
             _disarm_changed(state, event.epoch, done=True, error=None, notes=notes)
@@ -257,8 +260,8 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
             state.hold_until = max(state.hold_until, event.hold_until_us)
         case PlanLost():
             for entry_id in event.entry_ids:
-                state.entries.set(entry_id, time)
-            state.counts = _more(counts, lost=event.count)
+                state.entries.renew(entry_id, time)
+            counts.lost += event.count
         case UnpermittedExecution():
             pass
         case _:
@@ -276,21 +279,16 @@ def fold(events: Iterable[Recorded], state: State | None = None) -> State:
     return state
 
 
-def _more(counts: Counts, **more: int) -> Counts:
-    return msgspec.structs.replace(counts, **{name: getattr(counts, name) + n for name, n in more.items()})
-
-
 def _decided(state: State, event: Decision) -> None:
-    known = state.plan(event.plan_id)
     counts = state.counts
     if event.verdict == "SKIP":
-        if known is None:
+        if state.plan(event.plan_id) is None:
             state.plans.renew(event.plan_id, Plan(state.time, event.symbol, event.entry_id, "SKIP"))
-        state.counts = _more(counts, skipped=1)
+        counts.skipped += 1
         return
     if event.verdict == "BLOCK":
         state.plans.renew(event.plan_id, Plan(state.time, event.symbol, event.entry_id, "BLOCK"))
-        state.counts = _more(counts, blocked=1)
+        counts.blocked += 1
         return
     reservation = Reservation(
         event.symbol,
@@ -305,40 +303,43 @@ def _decided(state: State, event: Decision) -> None:
     state.plans.renew(event.plan_id, plan)
     state.permits.renew(event.plan_id, reservation)
     _reserve(state, reservation)
-    state.counts = _more(counts, allowed=1)
+    counts.allowed += 1
 
 
 def _reserve(state: State, reservation: Reservation) -> None:
     book = state.book(reservation.symbol)
     if not reservation.moves:
-        book = msgspec.structs.replace(book, stops=windows.add(book.stops, reservation.at))
+        book = Book(book.executions, windows.add(book.stops, reservation.at), book.days)
     else:
-        book = msgspec.structs.replace(book, executions=windows.add(book.executions, reservation.at))
-        book = _count(state, book, reservation, reservation.notional, reservation.quantity)
+        days = _count(state, book, reservation, reservation.notional, reservation.quantity)
+        book = Book(windows.add(book.executions, reservation.at), book.stops, days)
     state.books.renew(reservation.symbol, book)
 
 
 def _release(state: State, reservation: Reservation) -> None:
     book = state.book(reservation.symbol)
     if not reservation.moves:
-        book = msgspec.structs.replace(book, stops=windows.remove(book.stops, reservation.at))
+        book = Book(book.executions, windows.remove(book.stops, reservation.at), book.days)
     else:
-        book = msgspec.structs.replace(book, executions=windows.remove(book.executions, reservation.at))
-        book = _count(state, book, reservation, reservation.notional.copy_negate(), reservation.quantity.copy_negate())
+        days = _count(state, book, reservation, reservation.notional.copy_negate(), reservation.quantity.copy_negate())
+        book = Book(windows.remove(book.executions, reservation.at), book.stops, days)
     state.books.set(reservation.symbol, book)
 
 
-def _count(state: State, book: Book, reservation: Reservation, notional: Decimal, quantity: Decimal) -> Book:
+def _count(state: State, book: Book, reservation: Reservation, notional: Decimal, quantity: Decimal) -> tuple[Day, ...]:
+    """Count on the day for all symbols; the symbol's own days with it."""
     day = day_of(reservation.at)
     state.days = totals.add(state.days, day, notional, ZERO)
-    return msgspec.structs.replace(book, days=totals.add(book.days, day, notional, quantity))
+    return totals.add(book.days, day, notional, quantity)
 
 
 def _settle(state: State, plan_id: str, permit: str) -> Reservation | None:
     reservation = state.permits.get(plan_id)
     state.permits.discard(plan_id)
-    if (plan := state.plans.get(plan_id)) is not None:
-        state.plans.set(plan_id, msgspec.structs.replace(plan, permit=permit))
+    # A plan_id that came again after it was forgotten is another plan, whatever its old permit comes to.
+    if (plan := state.plans.get(plan_id)) is not None and plan.reservation is not None:
+        settled = Plan(plan.at, plan.symbol, plan.entry_id, plan.verdict, permit, plan.reservation)
+        state.plans.set(plan_id, settled)
     return reservation
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -20,13 +20,20 @@ class Table(Generic[K, V]):
         self._base = base
         self._own: dict[K, V | None] = {}
 
+    @classmethod
+    def of(cls, pairs: dict[K, V]) -> Table[K, V]:
+        """A table of these pairs, oldest first; the mapping is taken over."""
+        table = cls()
+        table._own = cast("dict[K, V | None]", pairs)
+        return table
+
     def fork(self) -> Table[K, V]:
         return Table(self)
 
     def get(self, key: K) -> V | None:
-        if key in self._own:
-            return self._own[key]
-        return self._base.get(key) if self._base is not None else None
+        if self._base is None or key in self._own:
+            return self._own.get(key)
+        return self._base.get(key)
 
     def set(self, key: K, value: V) -> None:
         """Write a value. A key that is already there keeps its place in the order."""

@@ -34,10 +34,13 @@ def on(days: tuple[Day, ...], day: int) -> Day:
 def add(days: tuple[Day, ...], day: int, notional: Decimal, quantity: Decimal) -> tuple[Day, ...]:
     """With an amount counted on `day`; negative amounts release. Days out of reach are left out."""
     known = on(days, day)
-    changed = Day(day, total(known.notional, notional), total(known.quantity, quantity))
+    added = total(known.quantity, quantity) if quantity else known.quantity
+    changed = Day(day, total(known.notional, notional), added)
+    if days and days[-1] is known and (changed.notional or changed.quantity):
+        return (*days[:-1], changed)  # the others were looked at when this day began
     return live(tuple(sorted((*(d for d in days if d.day != day), changed), key=lambda d: d.day)), day=day)
 
 
 def live(days: tuple[Day, ...], *, day: int) -> tuple[Day, ...]:
     """Without days that nothing can reach any more, nor days on which nothing is counted."""
-    return tuple(d for d in days if d.day > day - KEPT_DAYS and (d.notional or d.quantity))
+    return tuple([d for d in days if d.day > day - KEPT_DAYS and (d.notional or d.quantity)])

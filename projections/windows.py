@@ -5,6 +5,8 @@ A window holds what is strictly younger than it: an execution exactly one hour o
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 HOUR_US = 3_600_000_000
 FIVE_MINUTES_US = 300_000_000
 KEPT_US = 86_400_000_000
@@ -15,13 +17,7 @@ KEPT = 100
 
 def count(times: tuple[int, ...], *, now: int, window: int) -> int:
     """How many of `times` (ascending, microseconds) are strictly younger than `window` at `now`."""
-    start = now - window
-    found = 0
-    for time in reversed(times):
-        if time <= start:
-            break
-        found += 1
-    return found
+    return len(times) - bisect_right(times, now - window)
 
 
 def add(times: tuple[int, ...], time: int) -> tuple[int, ...]:
@@ -31,8 +27,10 @@ def add(times: tuple[int, ...], time: int) -> tuple[int, ...]:
 
 def live(times: tuple[int, ...], *, now: int) -> tuple[int, ...]:
     """Without what no window and no reader needs at `now`."""
-    keep = max(count(times, now=now, window=HOUR_US), min(KEPT, count(times, now=now, window=KEPT_US)))
-    return times[len(times) - keep :]
+    start = bisect_right(times, now - KEPT_US)
+    if len(times) - start > KEPT:
+        start = min(bisect_right(times, now - HOUR_US), len(times) - KEPT)
+    return times[start:]
 
 
 def remove(times: tuple[int, ...], time: int) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from events.types import (
 AT = 1_763_870_400_000_042
 WIRE: dict[str, tuple[str, ...]] = {
     "PLAN_RECEIVED": ("v", "plan_id", "symbol", "action", "decision", "entry_id", "fields", "truncated"),
-    "PLAN_REJECTED": ("v", "entry_id", "reason", "plan_id", "symbol", "decision", "fields"),
+    "PLAN_REJECTED": ("v", "entry_id", "reason", "plan_id", "symbol", "decision", "fields", "truncated"),
     "PLAN_LOST": ("v", "count", "entry_ids"),
     "DECISION": (
         *("v", "plan_id", "symbol", "action", "verdict", "reason", "computed_qty", "computed_notional"),
@@ -53,8 +53,8 @@ WIRE: dict[str, tuple[str, ...]] = {
     "PERMIT_EXPIRED": ("v", "plan_id", "symbol"),
     "PERMIT_REVOKED": ("v", "plan_id", "symbol"),
     "EXECUTION": (
-        *("v", "plan_id", "symbol", "decision", "executed", "entry_id", "permit", "executed_qty", "counted"),
-        *("error", "fields"),
+        *("v", "plan_id", "symbol", "decision", "executed", "entry_id", "permit", "executed_qty", "counted", "failed"),
+        *("error", "fields", "truncated"),
     ),
     "UNPERMITTED_EXECUTION": ("v", "plan_id", "symbol", "entry_id", "permit"),
     "ERROR_RECORDED": ("v", "kind", "detail", "plan_id", "symbol"),
