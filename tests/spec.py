@@ -80,6 +80,8 @@ class Spec:
         self.apply_mode: str | None = "testnet"
         self.halt = False
         self.history = "whole"
+        self.settings = "s"
+        """Digest of the policy, as decisions record it."""
         self.asked = 0
         """How often the exchange was asked."""
         self._entries = 0
@@ -127,12 +129,12 @@ class Spec:
             )
         given = (self.state, plan)
         try:
-            decided = decider.decide(*given, None, self.policy, self.situation, fields=fields, settings="s")
+            decided = decider.decide(*given, None, self.policy, self.situation, fields=fields, settings=self.settings)
         except decider.MarketNeededError:
             assert decider.must_ask(*given, self.policy, self.situation)
             self.asked += 1
             seen = market if isinstance(market, Market) else market()
-            decided = decider.decide(*given, seen, self.policy, self.situation, fields=fields, settings="s")
+            decided = decider.decide(*given, seen, self.policy, self.situation, fields=fields, settings=self.settings)
         else:
             assert not decider.must_ask(*given, self.policy, self.situation)
         return self.fold(decided.events)
@@ -147,6 +149,13 @@ class Spec:
 
     def tick(self) -> Sequence[Event]:
         return self.fold(decider.tick(self.state, self.now))
+
+    def tick_all(self) -> None:
+        """What a daemon would have done by now: ends of permits, and of a throttle."""
+        for plan_id, held in list(self.state.permits.items()):
+            if held.expires_us <= self.now:
+                self.take_back(plan_id, gone=True)
+        self.tick()
 
     def disarm(self, why: str = "drill", operator: str = "anna") -> Sequence[Event]:
         return self.fold(decider.disarm_by_hand(self.state, reason=why, operator=operator, apply_mode=self.apply_mode))
