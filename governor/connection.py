@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import redis.asyncio
 
 from events import store
+from events.archive import ArchivedStore
 from events.keys import Keys
 from governor.settings import Settings
 
@@ -48,10 +49,15 @@ async def connected(settings: Settings, *, answer_s: float = ANSWER_S) -> AsyncI
         await one.aclose()
 
 
-def store_on(connection: redis.asyncio.Redis, settings: Settings) -> store.RedisStore:
-    """The event store under the settings' prefix."""
+def stream_on(connection: redis.asyncio.Redis, settings: Settings) -> store.RedisStore:
+    """The event stream under the settings' prefix, as far back as Redis has it."""
     keys = Keys(settings.key_prefix)
     return store.RedisStore(connection, stream=keys.events, halt=keys.halt)
+
+
+def store_on(connection: redis.asyncio.Redis, settings: Settings) -> ArchivedStore:
+    """The event store: that stream, and before it what was archived."""
+    return ArchivedStore(stream_on(connection, settings), settings.archive_dir)
 
 
 def ledger_on(connection: redis.asyncio.Redis, settings: Settings, **options: Any) -> Ledger:

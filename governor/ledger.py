@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import structlog
 
 from events import chain
-from events.codec import decode, encode_all
+from events.codec import FOLDED, WHOLE, Decoders, decode, encode_all
 from events.keys import Keys
+from events.reading import PAGE, pages
 from events.store import (
     Ack,
     Commit,
@@ -37,14 +38,13 @@ from events.store import (
 from events.types import Entry, Event, Head, PermitRevoked, Recorded
 from governor import permits
 from governor.decider import correct_revoked
-from projections import views
+from projections import checkpoint, views
 from projections.state import State, evolve, initial
 
 log = structlog.get_logger("governor.ledger")
 
 MAX_EVENTS = 512
 """A commit is closed once it holds this many events."""
-PAGE = 5000
 GRANT_US = 2_000_000
 """A permit reaches the server within this time of its decision, or it is decided again."""
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -117,12 +117,14 @@ class Ledger:
         """The emergency brake, as last seen."""
         self.problem: str | None = "not connected yet"
         """Why nothing can be committed; None when the last contact went well."""
+        self.checkpoint_seq = 0
+        """The event of the checkpoint it was opened from, or wrote; 0 without one."""
         self._refused = False
         self.conflicts = 0
         self.skew_us = 0
         """The server's clock minus ours, as last measured."""
         self._clock = clock
-        self._key = audit_key
+        self.audit_key = audit_key
         self._observe = observe
         self._turned = turned
         self._sleep = sleep
@@ -130,36 +132,68 @@ class Ledger:
         self._urgent: deque[_Item] = deque()
 
     async def open(self) -> None:
-        """Fold the whole stream, verifying it.
+        """Fold the stream, verifying it: from its checkpoint where there is one that fits, else from the first event.
 
         Raises:
             StoreError: it cannot be read, or its chain does not hold.
         """
         observe, self._observe = self._observe, lambda _recorded, _state: None
         try:
-            await self.catch_up()
+            if self.state.seq == 0:
+                await self._take_checkpoint()
+            await self.catch_up(decoders=FOLDED)
         finally:
             self._observe = observe
 
-    async def catch_up(self) -> None:
+    async def _take_checkpoint(self) -> None:
+        (value,) = await self.store.values(self.keys.snapshot)
+        if value is None:
+            return
+        try:
+            state = checkpoint.read(value, key=self.audit_key)
+            head = Head(state.seq, state.hash)
+            following = await self.store.read(head.seq, limit=1)
+            if not following and (end := await self.store.head()) != head:
+                raise checkpoint.CheckpointError(f"it is of event {head.seq}, the stream ends at event {end.seq}")
+            for _ in chain.verify(following, after=head, key=self.audit_key):
+                pass
+        except (checkpoint.CheckpointError, chain.ChainError) as problem:
+            log.warning("checkpoint ignored: everything is folded from the first event", problem=str(problem))
+            return
+        self.state, self.checkpoint_seq = state, state.seq
+
+    async def write_checkpoint(self) -> int:
+        """Write the state as the new checkpoint, in one write. Returns its size in bytes.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+        value = checkpoint.write(self.state, key=self.audit_key)
+        await self.store.write([Write("set", self.keys.snapshot, (value,))])
+        self.checkpoint_seq = self.state.seq
+        return len(value)
+
+    async def catch_up(self, *, decoders: Decoders = WHOLE) -> None:
         """Fold what others committed.
+
+        Args:
+            decoders: `FOLDED` where nobody observes: what no fold looks at is then left out.
 
         Raises:
             HistoryError: the stream does not continue the state.
             StoreError: it cannot be read.
         """
-        while True:
-            entries = await self.store.read(self.state.seq, limit=PAGE)
-            try:
-                for entry in chain.verify(entries, after=self._head(), key=self._key):
-                    self._fold(decode(entry))
-            except (chain.ChainError, ValueError) as error:
-                raise HistoryError(f"the event stream does not hold: {error}") from error
-            if len(entries) < PAGE:
-                break
+        entries: list[Entry] = []
+        async with contextlib.aclosing(pages(self.store, self.state.seq, size=PAGE)) as read:
+            async for entries in read:
+                try:
+                    for entry in chain.verify(entries, after=self._head(), key=self.audit_key):
+                        self._fold(decode(entry, decoders))
+                except (chain.ChainError, ValueError) as error:
+                    raise HistoryError(f"the event stream does not hold: {error}") from error
         if not entries and self.state.seq and (head := await self.store.head()) != self._head():
             if head.seq > self.state.seq:
-                return await self.catch_up()
+                return await self.catch_up(decoders=decoders)
             raise HistoryError(
                 f"the event stream ends at event {head.seq}, after event {self.state.seq} had been seen"
                 if head.seq != self.state.seq
@@ -276,7 +310,7 @@ class Ledger:
             for propose in item.proposals:
                 try:
                     proposal = propose(fork, now)
-                    new = encode_all(proposal.events, after=Head(fork.seq, fork.hash), at=now, key=self._key)
+                    new = encode_all(proposal.events, after=Head(fork.seq, fork.hash), at=now, key=self.audit_key)
                 except Exception as raised:  # noqa: BLE001 - whatever it is, it is the proposer's
                     error = raised
                     break

@@ -32,6 +32,7 @@ from events.store import Ack, Require, RequirementError, StoreError, Write
 from events.types import Decision, Event, Recorded, SettingsLoaded
 from governor import decider, disarming
 from governor.actuator import Actuator, PendingNote
+from governor.checkpointing import Checkpointer
 from governor.gates import Situation
 from governor.ledger import Ledger, Outcome, Proposal
 from governor.market import Market
@@ -122,6 +123,8 @@ class Governor:
         self._workers: set[asyncio.Task[None]] = set()
         self._disarm_due = 0.0
         self._disarming: asyncio.Task[None] | None = None
+        self._anchored: int | None = None
+        """The day whose anchor was told."""
 
     async def run(self, *, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until cancelled. Waits for Redis where it is away."""
@@ -135,6 +138,7 @@ class Governor:
             await self._sweep_safely()
             self._tasks.add(group.create_task(self._sweep_for_ever()))
             self._tasks.add(group.create_task(self._stop_for_ever()))
+            self._tasks.add(group.create_task(self._checkpointer().run()))
             self._tasks.add(group.create_task(self._read_for_ever()))
             await self._reading.wait()  # results are read from the moment their group was made
             ready()
@@ -159,6 +163,7 @@ class Governor:
         while True:
             try:
                 await self.ledger.open()
+                log.info("history read", seq=self.ledger.state.seq, checkpoint=self.ledger.checkpoint_seq)
                 return
             except StoreError as error:
                 self.ledger.problem = str(error)
@@ -177,6 +182,15 @@ class Governor:
             host=socket.gethostname(),
         )
         await self.ledger.submit(lambda _state, _now: Proposal([loaded]))
+
+    def _checkpointer(self) -> Checkpointer:
+        return Checkpointer(
+            lambda: self.ledger.state.seq,
+            written=self.ledger.checkpoint_seq,
+            events=self.settings.checkpoint_events,
+            seconds=self.settings.checkpoint_s,
+            clock=time.monotonic,
+        )
 
     # -- plans and results ---------------------------------------------------------------------------------------
 
@@ -379,6 +393,14 @@ class Governor:
         if state is None:
             await self.ledger.submit(lambda state, _now: Proposal(writes=[views.state_write(state, self.keys)]))
         await self._take_note()
+        self._tell_anchor()
+
+    def _tell_anchor(self) -> None:
+        """The head, once a UTC day, where a history that is cut or written again later cannot reach it."""
+        state, day = self.ledger.state, day_of(self.clock())
+        if state.seq and day != self._anchored:
+            self._anchored = day
+            log.info("anchor", head=f"{state.seq}:{state.hash}")
 
     async def _stop_for_ever(self) -> None:
         """What stops trading, beside the sweep: neither waits behind plans, and file and service not for the store."""

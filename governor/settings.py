@@ -65,6 +65,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str
     log_level: str
     symbol_labels: int
+    archive_dir: Path
+    checkpoint_events: int | None
+    """Events after which a checkpoint is written; None: never."""
+    checkpoint_s: float | None
+    """Seconds after which one is written if anything happened; None: never."""
     policy: Policy
     texts: dict[str, str]
     """Settings that take part in a decision, by name: what SETTINGS_LOADED records."""
@@ -110,6 +115,11 @@ def _labels(value: str) -> int:
     return number
 
 
+def _checkpoint_s(value: str) -> float | None:
+    micros = policy.seconds("1", "86400", off=True)(value)
+    return None if micros is None else micros / 1_000_000
+
+
 def _choice(*allowed: str) -> Callable[[str], str]:
     def read(value: str) -> str:
         if value.lower() not in [choice.lower() for choice in allowed]:
@@ -141,6 +151,10 @@ def _path(value: str) -> Path:
     if not value.startswith("/"):
         raise ValueError("an absolute path")
     return Path(value)
+
+
+def _directory(value: str) -> Path | None:
+    return _path(value) if value else None
 
 
 TABLE: tuple[Row, ...] = (
@@ -182,6 +196,13 @@ TABLE: tuple[Row, ...] = (
     Row("GOV_ALLOW_MAINNET", "false", "Allows the mainnet host.", "allow_mainnet", policy.flag),
     Row("GOV_AUDIT_KEY", "", "Key of the event chain: with it, nobody without it can rebuild the chain.", "audit_key",
         secret=True),
+    Row("GOV_ARCHIVE_DIR", "", "Where `governor archive` keeps its files, and every reader looks for what the stream "
+        "no longer has. Empty: `archive` in `$STATE_DIRECTORY`, else in `~/.local/state/quantum-governor`.",
+        "archive_dir", _directory),
+    Row("GOV_CHECKPOINT_EVENTS", "10000", "Events after which the daemon has a checkpoint written; a start reads the "
+        "events behind it.", "checkpoint_events", policy.whole(10, 100_000_000, off=True)),
+    Row("GOV_CHECKPOINT_SEC", "900", "Seconds after which it does so where fewer happened.", "checkpoint_s",
+        _checkpoint_s),
     Row("METRICS_HOST", "127.0.0.1", "Where /metrics, /healthz and /readyz listen.", "metrics_host", _word),
     Row("METRICS_PORT", "8044", "Their port; 0 takes a free one.", "metrics_port", _own_port),
     Row("GOV_METRICS_MAX_SYMBOLS", "200", "Symbols with metrics of their own; the rest is `other`.", "symbol_labels",
@@ -200,13 +221,15 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     Raises:
         SettingsError: the first variable that cannot be used.
     """
-    given = {row.name: environ.get(row.name, row.default) for row in TABLE}
+    credentials = _credentials(environ)
+    given = {row.name: environ.get(row.name, row.default) for row in TABLE} | credentials
     fields = {row.field: _read(row, given[row.name]) for row in TABLE if row.field is not None}
+    fields["archive_dir"] = archive = fields["archive_dir"] or state_directory(environ) / "archive"
     fields["base_url"] = base_url(given["BINANCE_BASE_URL"], allow_mainnet=fields["allow_mainnet"])
     has_credentials = bool(given["BINANCE_TESTNET_API_KEY"] and given["BINANCE_TESTNET_API_SECRET"])
     texts = {name: given[name] for name in policy.DEFAULTS if name in given}
     texts["credentials"] = "true" if has_credentials else "false"
-    by_symbol = _limits_file(given["GOV_LIMITS_FILE"])
+    by_symbol = limits_file("GOV_LIMITS_FILE", given["GOV_LIMITS_FILE"])
     try:
         the_policy = policy.from_texts(texts, by_symbol)
     except ValueError as error:
@@ -217,8 +240,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         texts=texts,
         symbol_texts=by_symbol,
         digest=policy.digest(texts, by_symbol),
-        effective={row.name: _masked(row, given[row.name]) for row in TABLE},
-        warnings=tuple(_warnings(environ)),
+        effective={row.name: _masked(row, given[row.name]) for row in TABLE} | {"GOV_ARCHIVE_DIR": str(archive)},
+        warnings=tuple(_warnings(environ, credentials)),
     )
 
 
@@ -233,7 +256,30 @@ def load_for_stop(environ: Mapping[str, str] = os.environ) -> Settings:
     Raises:
         SettingsError: one of those is wrong.
     """
-    return load({name: value for name, value in environ.items() if name in STOPPING})
+    return load({name: value for name, value in environ.items() if name in STOPPING or name in _SYSTEMD})
+
+
+_SYSTEMD = ("CREDENTIALS_DIRECTORY", "STATE_DIRECTORY", "HOME")
+
+
+def state_directory(environ: Mapping[str, str]) -> Path:
+    """Where this program keeps files: what systemd gives it, else below the user's home."""
+    given = environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return Path(given) if given else Path(environ.get("HOME") or "/root") / ".local/state/quantum-governor"
+
+
+def _credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    """Secrets that systemd (LoadCredential=) put into files named like their variables."""
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    found: dict[str, str] = {}
+    for row in TABLE if directory else ():
+        file = Path(directory or "", row.name)
+        if row.secret and file.exists():
+            try:
+                found[row.name] = file.read_text().strip()
+            except (OSError, ValueError) as error:
+                raise SettingsError(f"{row.name}: expected a readable text file {file}: {error}") from None
+    return found
 
 
 def base_url(url: str, *, allow_mainnet: bool) -> str:
@@ -260,26 +306,40 @@ def _masked(row: Row, value: str) -> str:
     return ("(set)" if value else "") if row.secret else value
 
 
-def _limits_file(path: str) -> dict[str, dict[str, str]]:
+def limits_file(name: str, path: str) -> dict[str, dict[str, str]]:
+    """Limits of single symbols from a TOML file: by symbol, then by variable name. No path: none.
+
+    Args:
+        name: the variable or option that names the file, for the message.
+        path: the file.
+
+    Raises:
+        SettingsError: it cannot be read, or holds something else.
+    """
     if not path:
         return {}
     try:
         tables = tomllib.loads(Path(path).read_text(), parse_float=Decimal)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"GOV_LIMITS_FILE is {path!r}, expected a readable TOML file: {error}") from None
+        raise SettingsError(f"{name} is {path!r}, expected a readable TOML file: {error}") from None
     found: dict[str, dict[str, str]] = {}
     for symbol, table in tables.items():
         if not isinstance(table, dict):
-            raise SettingsError(f"GOV_LIMITS_FILE {path!r}: {symbol} = {table!r}, expected a table [SYMBOL]")
+            raise SettingsError(f"{name} {path!r}: {symbol} = {table!r}, expected a table [SYMBOL]")
         if not _symbol(symbol):
-            raise SettingsError(f"GOV_LIMITS_FILE {path!r}: [{symbol}] is no symbol, expected A-Z, 0-9 and _")
+            raise SettingsError(f"{name} {path!r}: [{symbol}] is no symbol, expected A-Z, 0-9 and _")
         found[symbol] = {name: str(value) for name, value in table.items()}
     return found
 
 
-def _warnings(environ: Mapping[str, str]) -> list[str]:
-    found = []
-    if bool(environ.get("BINANCE_TESTNET_API_KEY")) != bool(environ.get("BINANCE_TESTNET_API_SECRET")):
+def _warnings(environ: Mapping[str, str], credentials: Mapping[str, str]) -> list[str]:
+    found = [
+        f"{name} is in the environment and a credential of the service: the credential is used"
+        for name, value in credentials.items()
+        if environ.get(name, value) != value
+    ]
+    given = {**environ, **credentials}
+    if bool(given.get("BINANCE_TESTNET_API_KEY")) != bool(given.get("BINANCE_TESTNET_API_SECRET")):
         found.append(
             "only one of BINANCE_TESTNET_API_KEY and BINANCE_TESTNET_API_SECRET is set: the exchange is not asked, "
             "quantity limits decide"

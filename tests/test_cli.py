@@ -7,10 +7,13 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from governor import cli
 from governor.cli import main
+from governor.console import duration, moment
 
-COMMANDS = ("run", "demo", "status", "events", "explain", "replay", "rebuild", "settings", "disarm", "rearm")
+COMMANDS = (
+    "run", "demo", "status", "events", "explain", "replay", "rebuild", "archive", "checkpoint", "settings", "disarm",
+    "rearm",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -55,11 +58,35 @@ def test_settings_mask_secrets_and_warn_on_stderr() -> None:
     ],
 )
 def test_a_moment_is_iso_or_unix_or_so_long_ago(text: str, micros: int) -> None:
-    assert cli._moment(text, 1_700_000_000_000_000) == micros
+    assert moment(text, 1_700_000_000_000_000, option="--at") == micros
+
+
+@pytest.mark.parametrize(("text", "micros"), [("90s", 90_000_000), ("1.5m", 90_000_000), ("2h", 7_200_000_000)])
+def test_a_span_has_a_unit(text: str, micros: int) -> None:
+    assert duration(text, option="--rearm-after") == micros
 
 
 @pytest.mark.parametrize(
-    "words", [["replay", "--at", "soon"], ["replay", "--expect-head", "12"], ["explain"], ["nope"]]
+    "words",
+    [
+        ["replay", "--at", "soon"],
+        ["replay", "--at", "1e400"],
+        ["replay", "--expect-head", "12"],
+        ["replay", "--from", "/nowhere"],
+        ["replay", "--plot", "a.svg"],
+        ["replay", "--rearm-after", "5m"],
+        ["replay", "--what-if", "GOV_MAX_EXEC_PER_HOUR=5", "--anchor"],
+        ["replay", "--what-if", "GOV_MAX_EXEC_PER_HOUR"],
+        ["replay", "--what-if", "GOV_MAX_EXEC_PER_HOURS=5"],
+        ["replay", "--what-if", "GOV_MAX_EXEC_PER_HOUR=many"],
+        ["replay", "--what-if", "GOV_MAX_EXEC_PER_HOUR=5", "--rearm-after", "soon"],
+        ["events", "--export", "a.jsonl", "--follow"],
+        ["events", "--export", "a.jsonl", "--plan", "p1"],
+        ["archive"],
+        ["archive", "--before", "soon"],
+        ["explain"],
+        ["nope"],
+    ],
 )
 def test_a_word_nobody_understands_is_a_usage_error(words: list[str]) -> None:
     assert CliRunner().invoke(main, words, env={"REDIS_PORT": "1"}).exit_code == 2

@@ -6,7 +6,7 @@ import pytest
 
 from governor import policy
 from governor.policy import Limits, Policy
-from governor.settings import NAMES, TABLE, Settings, SettingsError, base_url, load
+from governor.settings import NAMES, TABLE, Settings, SettingsError, base_url, load, load_for_stop
 
 DEFAULTS: dict[str, str] = {
     "REDIS_HOST": "localhost",
@@ -63,7 +63,7 @@ MAY_BE_OFF = (
 )
 MAY_BE_EMPTY = (
     *("REDIS_USERNAME", "REDIS_PASSWORD", "GOV_LIMITS_FILE", "GOV_FALLBACK_QTY", "BINANCE_TESTNET_API_KEY"),
-    *("BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT"),
+    *("BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT", "GOV_ARCHIVE_DIR"),
 )
 SECRETS = ("REDIS_PASSWORD", "BINANCE_TESTNET_API_KEY", "BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY")
 
@@ -319,7 +319,8 @@ def test_every_unknown_name_is_warned_about_and_names_of_others_are_not() -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_known_name_is_not_warned_about(name: str) -> None:
-    assert load({name: DEFAULTS.get(name, "200")}).warnings == ()
+    value = "/x" if name == "GOV_ARCHIVE_DIR" else DEFAULTS.get(name, "200")
+    assert load({name: value}).warnings == ()
 
 
 # ---------------------------------------------------------------- limits of single symbols
@@ -552,7 +553,8 @@ def test_limits_of_a_symbol_change_the_digest(tmp_path: Path) -> None:
 )
 def test_no_other_variable_changes_the_digest(tmp_path: Path, name: str) -> None:
     other = {"GOV_LIMITS_FILE": "", "GOV_LOG_LEVEL": "ERROR", "BINANCE_BASE_URL": "https://demo-fapi.binance.com"}
-    switched = {"REDIS_TLS": "true", "GOV_ALLOW_MAINNET": "true", "GOV_LOG_FORMAT": "json", "APPLY_CONFIG_PATH": "/x"}
+    switched = {"REDIS_TLS": "true", "GOV_ALLOW_MAINNET": "true", "GOV_LOG_FORMAT": "json"}
+    switched |= dict.fromkeys(("APPLY_CONFIG_PATH", "GOV_ARCHIVE_DIR"), "/x")
     assert load({name: (other | switched).get(name, "17")}).digest == load({}).digest
 
 
@@ -560,3 +562,48 @@ def test_what_is_recorded_of_the_settings_decides_the_same_again(tmp_path: Path)
     settings = with_file(tmp_path, '[BTCUSDT]\nGOV_MAX_EXEC_PER_HOUR = "off"', **CHANGES)
     assert policy.from_texts(settings.texts, settings.symbol_texts) == settings.policy
     assert policy.digest(settings.texts, settings.symbol_texts) == settings.digest
+
+
+# -- secrets as files ----------------------------------------------------------------------------------------------
+
+
+def test_a_secret_may_be_a_credential_of_the_service_and_that_one_is_used(tmp_path: Path) -> None:
+    (tmp_path / "GOV_AUDIT_KEY").write_text("from the file\n")
+    (tmp_path / "GOV_MAX_EXEC_PER_HOUR").write_text("9")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    settings = load(environ)
+    assert (settings.audit_key, settings.effective["GOV_AUDIT_KEY"], settings.warnings) == (
+        "from the file",
+        "(set)",
+        (),
+    )
+    assert settings.policy.limits.per_hour == 3, "only secrets are read from there"
+    both = load(environ | {"GOV_AUDIT_KEY": "left over"})
+    assert both.audit_key == "from the file"
+    (warning,) = both.warnings
+    assert warning.startswith("GOV_AUDIT_KEY is in the environment and a credential of the service")
+    assert load_for_stop(environ).audit_key == "from the file"
+
+
+def test_exchange_credentials_may_come_as_files_and_one_alone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "BINANCE_TESTNET_API_KEY").write_text("k")
+    (tmp_path / "BINANCE_TESTNET_API_SECRET").write_text("s")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert load(environ).credentials
+    assert load(environ).warnings == ()
+    (tmp_path / "BINANCE_TESTNET_API_SECRET").unlink()
+    assert "only one of" in load(environ).warnings[0]
+
+
+def test_a_credential_that_cannot_be_read_names_variable_and_file(tmp_path: Path) -> None:
+    (tmp_path / "GOV_AUDIT_KEY").write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match=f"GOV_AUDIT_KEY.*{tmp_path}"):
+        load({"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+
+def test_files_are_kept_where_systemd_says_else_below_the_users_home() -> None:
+    assert load({"STATE_DIRECTORY": "/var/lib/g:/var/lib/h"}).archive_dir == Path("/var/lib/g/archive")
+    assert load({"HOME": "/home/anna"}).archive_dir == Path("/home/anna/.local/state/quantum-governor/archive")
+    given = load({"STATE_DIRECTORY": "/var/lib/g", "GOV_ARCHIVE_DIR": "/srv/archive"})
+    assert given.archive_dir == Path("/srv/archive")
+    assert given.effective["GOV_ARCHIVE_DIR"] == "/srv/archive"

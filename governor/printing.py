@@ -1,0 +1,102 @@
+"""What the commands print for a person."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from governor.times import utc
+
+if TYPE_CHECKING:
+    from events.types import Recorded
+    from governor.replay import Replay
+
+
+def event_fields(recorded: Recorded) -> dict[str, Any]:
+    """An event as a JSON object."""
+    import msgspec  # noqa: PLC0415
+
+    data = msgspec.structs.asdict(recorded.event)
+    return {"seq": recorded.seq, "timestamp": recorded.at / 1e6, "event": recorded.event.NAME, "data": data}
+
+
+def event_line(recorded: Recorded) -> str:
+    """An event as a line."""
+    data = event_fields(recorded)["data"]
+    shown = [
+        f"{name}={data[name]}"
+        for name in (
+            "plan_id", "symbol", "action", "verdict", "reason", "computed_qty", "computed_notional", "source", "permit",
+            "kind", "detail", "operator", "epoch", "action_taken", "step", "error", "count",
+        )
+        if data.get(name) is not None
+    ]  # fmt: skip
+    name = click.style(f"{recorded.event.NAME:<22}", fg=_colour(recorded.event.NAME, data.get("verdict")))
+    return f"{recorded.seq:>8}  {utc(recorded.at / 1e6)}  {name} {' '.join(shown)}"
+
+
+def _colour(name: str, verdict: str | None) -> str | None:
+    if name in ("DISARM_STARTED", "AUTO_DISARM", "MANUAL_DISARM", "DISARM_FAILED", "UNPERMITTED_EXECUTION"):
+        return "red"
+    if name in ("THROTTLED", "ERROR_RECORDED", "PLAN_REJECTED", "PLAN_LOST") or verdict == "BLOCK":
+        return "yellow"
+    return "green" if verdict == "EXECUTE" or name in ("REARMED", "RECOVERED") else None
+
+
+def print_status(told: dict[str, Any]) -> None:
+    """What `describe` tells."""
+    colour = {"ARMED": "green", "THROTTLED": "yellow"}.get(told["state"], "red")
+    reason = f"  ({told['reason']})" if told["reason"] else ""
+    click.echo(f"{click.style(told['state'], fg=colour, bold=True)}{reason}  since {utc(told['since'])}"
+               f"  epoch {told['epoch']}  event {told['seq']}")  # fmt: skip
+    if told["halted"] is not None:
+        click.secho(f"emergency brake: {told['halted']}", fg="red")
+    if told["throttle"]:
+        causes = ", ".join(f"{cause['reason']} ({cause['symbol'] or 'all'})" for cause in told["throttle"]["causes"])
+        click.echo(f"throttled until {utc(told['throttle']['until'])}: {causes}")
+    if told["disarm"] and not told["disarm"]["done"]:
+        click.secho(
+            f"DISARM UNFINISHED after {told['disarm']['attempts']} attempts: {told['disarm']['error']}", fg="red"
+        )
+    row = "{:<14} {:>9} {:>9} {:>22} {:>22}  {}"
+    if told["symbols"]:
+        click.echo(row.format("symbol", "1 h", "5 min", "USD today", "quantity today", "next allowed"))
+    for symbol, values in told["symbols"].items():
+        click.echo(
+            row.format(
+                symbol,
+                *(_of(values[name]) for name in ("exec_1h", "exec_5min", "daily_notional", "daily_qty")),
+                "now" if values["next_allowed"] is not None and values["next_allowed"] <= told["time"]
+                else "never" if values["next_allowed"] is None else utc(values["next_allowed"]),
+            )
+        )  # fmt: skip
+    click.echo(f"all symbols today: {_of(told['total_daily_notional'])} USD    errors: {_of(told['errors'])}    "
+               f"permits outstanding: {len(told['permits'])}")  # fmt: skip
+    counts = told["counts"]
+    click.echo(f"plans {counts['plans']} = {counts['allowed']} allowed + {counts['blocked']} blocked + "
+               f"{counts['skipped']} skipped; {counts['rejected']} rejected")  # fmt: skip
+
+
+def print_replay(found: Replay, *, show_all: bool, err: bool = False) -> None:
+    """The three verdicts and the differences; on stderr where stdout is for something else."""
+    tell = partial(click.echo, err=err)
+    broken = found.chain
+    chain = broken if isinstance(broken, str) else f"BROKEN at event {broken['broken_at']}: {broken['problem']}"
+    tell(f"integrity     {chain}")
+    tell(f"completeness  {'ok' if found.complete else 'THE EXPECTED HEAD IS NOT IN THE HISTORY'}")
+    tell(f"agreement     {len(found.differences) or 'no'} differences in {found.decisions} decisions, "
+               f"{found.events} events")  # fmt: skip
+    for difference in found.differences if show_all else found.differences[:1]:
+        tell(f"  event {difference.seq}  plan {difference.plan_id}  {difference.field}")
+        tell(f"    recorded  {difference.recorded}")
+        tell(f"    computed  {difference.computed}")
+    tell(f"digest        {found.digest}  state {found.state}")
+    tell(f"head          {found.head.seq}:{found.head.hash}")
+
+
+def _of(pair: dict[str, Any]) -> str:
+    limit = pair["limit"]
+    return f"{Decimal(pair['used']):f}/{'off' if limit is None else format(Decimal(limit), 'f')}"
