@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 
 from events.types import Entry, Head
 
@@ -26,7 +26,7 @@ def link(previous: str, name: str, seq: int, timestamp: str, data: bytes, *, key
     covered = f"{previous}\n{name}\n{seq}\n{timestamp}\n".encode() + data
     if key:
         return hmac.digest(key, covered, "sha256").hex()
-    return hashlib.sha256(covered).hexdigest()
+    return sha256(covered).hexdigest()
 
 
 def verify(entries: Iterable[Entry], *, after: Head = GENESIS, key: bytes | None = None) -> Iterator[Entry]:
@@ -45,7 +45,11 @@ def verify(entries: Iterable[Entry], *, after: Head = GENESIS, key: bytes | None
         name, seq, timestamp, data, digest = entry
         if seq != last + 1:
             raise ChainError(seq, f"follows event {last}, expected {last + 1}")
-        if link(previous, name, seq, timestamp, data, key=key) != digest:
+        if key is None:  # `link`, in place: this runs for every event that is read
+            found = sha256(f"{previous}\n{name}\n{seq}\n{timestamp}\n".encode() + data).hexdigest()
+        else:
+            found = link(previous, name, seq, timestamp, data, key=key)
+        if found != digest:
             raise ChainError(seq, "its hash does not cover what is stored and the hash before it")
         last, previous = seq, digest
         yield entry

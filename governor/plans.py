@@ -28,6 +28,8 @@ FUTURE_US = 5_000_000
 FIELDS_BYTES = 65_536
 """A received plan's fields are kept up to this size, a rejected one's and a result's up to REJECTED_BYTES."""
 REJECTED_BYTES = 4_096
+NAME_MOST = 128
+"""Characters kept of a field's name."""
 
 _plan_id = regex(r"[A-Za-z0-9._:-]{1,128}").fullmatch
 _symbol = regex(r"[A-Z0-9_]{1,32}").fullmatch
@@ -138,15 +140,16 @@ def cut(fields: dict[str, str], size: int) -> tuple[dict[str, str], bool]:
     Returns:
         The fields kept, values shortened where they had to be, and whether anything was left out.
     """
+    names, values = "".join(fields), "".join(fields.values())
+    fits = len(names) + len(values) <= size and max(map(len, fields), default=0) <= NAME_MOST
+    if fits and names.isascii() and values.isascii():
+        return fields, False  # the usual case, told quickly
     ordered = {name: fields[name] for name in _FIRST if name in fields} | fields
-    everything = "".join(ordered) + "".join(ordered.values())
-    if len(everything) <= size and everything.isascii() and len(max(ordered, key=len, default="")) <= 128:
-        return ordered, False  # the usual case, told quickly
     kept: dict[str, str] = {}
     left = size
     whole = True
     for name, value in ordered.items():
-        shown = name[:128]
+        shown = name[:NAME_MOST]
         room = left - len(shown.encode(errors="replace"))
         short = value.encode(errors="replace")[: max(0, room)].decode(errors="ignore")
         whole = whole and room >= 0 and short == value and shown == name

@@ -395,9 +395,13 @@ def digest(state: State) -> str:
         "settings": state.settings,
         "hold_until": state.hold_until,
         "counts": state.counts,
-        "days": totals.live(state.days, day=day_of(time)),
+        "days": totals.shown(totals.live(state.days, day=day_of(time))),
         "errors": errors.live(state.errors, now=time),
-        "books": {symbol: live for symbol, book in state.books.items() if (live := _live(book, time)) != _EMPTY},
+        "books": {
+            symbol: Book(live.executions, live.stops, totals.shown(live.days))
+            for symbol, book in state.books.items()
+            if (live := _live(book, time)) != _EMPTY
+        },
         "plans": {plan_id: plan for plan_id, plan in state.plans.items() if plan.at > time - MEMORY_US},
         "permits": dict(state.permits.items()),
         "entries": list(state.entries.items())[-ENTRIES_KEPT:],

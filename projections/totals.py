@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import msgspec
 
-from events.decimals import ZERO, total
+from events.decimals import MATH, ZERO, plain
 
 KEPT_DAYS = 2
 """Today and yesterday: a permit granted before midnight may be taken back after it."""
@@ -25,6 +25,15 @@ class Day(msgspec.Struct, frozen=True, gc=False):
 
 def on(days: tuple[Day, ...], day: int) -> Day:
     """The totals of one day, zero if nothing was counted."""
+    return shown((_kept(days, day),))[0]
+
+
+def shown(days: tuple[Day, ...]) -> tuple[Day, ...]:
+    """Amounts without the zeros a sum may end in."""
+    return tuple([Day(each.day, plain(each.notional), plain(each.quantity)) for each in days])
+
+
+def _kept(days: tuple[Day, ...], day: int) -> Day:
     for kept in days:
         if kept.day == day:
             return kept
@@ -33,9 +42,10 @@ def on(days: tuple[Day, ...], day: int) -> Day:
 
 def add(days: tuple[Day, ...], day: int, notional: Decimal, quantity: Decimal) -> tuple[Day, ...]:
     """With an amount counted on `day`; negative amounts release. Days out of reach are left out."""
-    known = on(days, day)
-    added = total(known.quantity, quantity) if quantity else known.quantity
-    changed = Day(day, total(known.notional, notional), added)
+    known = _kept(days, day)
+    # Exact, and kept with whatever zeros it ends in: `on` is for whoever looks at it.
+    added = MATH.add(known.quantity, quantity) if quantity else known.quantity
+    changed = Day(day, MATH.add(known.notional, notional), added)
     if days and days[-1] is known and (changed.notional or changed.quantity):
         return (*days[:-1], changed)  # the others were looked at when this day began
     return live(tuple(sorted((*(d for d in days if d.day != day), changed), key=lambda d: d.day)), day=day)

@@ -162,14 +162,14 @@ def test_no_fields_at_all_is_a_problem_that_counts() -> None:
 def test_fields_that_fit_are_kept_as_they_are() -> None:
     fields = {"b": "2", "plan_id": "p", "a": "1", "c": ""}
     assert cut(fields, 13) == (fields, False)
-    assert list(cut(fields, 13)[0]) == ["plan_id", "b", "a", "c"]
+    assert list(cut(fields, 13)[0]) == ["b", "plan_id", "a", "c"]
 
 
 def test_what_a_decision_uses_is_kept_first_and_the_rest_is_shortened() -> None:
     fields = {"steps": "x" * 100, "plan_id": "p", "kill_score": "0.5"}
     assert cut(fields, 50) == ({"plan_id": "p", "kill_score": "0.5", "steps": "x" * 24}, True)
-    used = {"steps": "x", "position_side": "LONG", "close_qty": "1"}
-    assert list(cut(used, 100)[0]) == ["close_qty", "position_side", "steps"]
+    used = {"steps": "x" * 100, "position_side": "LONG", "close_qty": "1"}
+    assert list(cut(used, 60)[0]) == ["close_qty", "position_side", "steps"]
 
 
 def test_a_field_for_whose_name_there_is_no_room_is_left_out() -> None:
