@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 from click.testing import CliRunner
 
 from governor.cli import main
-from governor.console import duration, moment
+from governor.console import LONG, duration, moment, progress
 
 COMMANDS = (
     "run", "demo", "status", "events", "explain", "replay", "rebuild", "archive", "checkpoint", "settings", "disarm",
@@ -90,3 +91,18 @@ def test_a_span_has_a_unit(text: str, micros: int) -> None:
 )
 def test_a_word_nobody_understands_is_a_usage_error(words: list[str]) -> None:
     assert CliRunner().invoke(main, words, env={"REDIS_PORT": "1"}).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("total", "terminal", "shown"), [(LONG, True, True), (LONG - 1, True, False), (LONG, False, False)]
+)
+def test_how_far_it_is_shows_on_a_terminal_for_long_histories(
+    monkeypatch: pytest.MonkeyPatch, *, total: int, terminal: bool, shown: bool
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stderr", screen)
+    with progress(total, label="replaying") as told:
+        told(total // 2)
+        told(total - total // 2)
+    assert (f"{total}/{total}" in screen.getvalue()) is shown
