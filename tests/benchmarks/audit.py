@@ -149,9 +149,9 @@ WORK: dict[str, tuple[Work, float | None]] = {
 }
 """What is measured, and the least ratio to the floor asked of it.
 
-The floor is redis-py with its defaults and pages of 10,000. The reader here has a client and a page size that are often
-quicker, so that floor is told as well. A start from a checkpoint has `TAIL` events behind it, and may take a second more
-than an empty one."""
+The floor is redis-py with its defaults and pages of 10,000. The reader here has a client and a page size often
+quicker, so that floor is told as well. A start from a checkpoint has `TAIL` events behind it, and may take a second
+more than an empty one."""
 TIMED = ("start, empty", "start, checkpoint")
 """What is told in seconds: there are no events to count."""
 TAIL = 10_000
