@@ -124,13 +124,13 @@ class PendingNote:
                 timestamp_us=found.st_mtime_ns // 1000,
             )
 
-    def clear_pending(self) -> None:
-        """Remove the note, if there is one.
+    def clear_pending(self, told: Pending) -> None:
+        """Remove the note, if it is still this one. Call it with the lock: a newer note is to be told too.
 
         Raises:
             OSError: it cannot be removed.
         """
-        with contextlib.suppress(FileNotFoundError):
+        if self.read_pending() == told:
             self.path.unlink()
             _sync_directory(self.path)
 

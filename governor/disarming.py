@@ -134,8 +134,7 @@ def proven(disarm: Disarm, proof: dict[str, Any]) -> Event:
 
 def told_later(state: State, *, reason: str, operator: str, proof: Proof | None, noted_us: int) -> list[Event]:
     """Events of a disarm by hand that was carried out while nothing could be committed. Told once a note."""
-    held = state.mode.disarm
-    if held is not None and held.context.get("noted_us") == noted_us:
+    if noted_us in state.noted:
         return []
     events = disarm_by_hand(state, reason=reason, operator=operator, apply_mode=None)
     started = events[0] if events else None

@@ -84,6 +84,53 @@ class _Item(NamedTuple):
     done: asyncio.Future[Outcome]
 
 
+class _Draft:
+    """A commit in the making, on a fork of the state."""
+
+    def __init__(self, state: State, now: int, key: bytes | None) -> None:
+        self.fork = state.fork()
+        self.now = now
+        self._key = key
+        self.written: list[Recorded] = []
+        self.entries: list[Entry] = []
+        self.requires: list[Require] = []
+        self.owners: list[_Item] = []
+        """Of each requirement."""
+        self.writes: list[Write] = []
+        self.acks: list[Ack] = []
+        self.revoked = False
+        """Whether a permit is revoked in it."""
+
+    @property
+    def does_something(self) -> bool:
+        return bool(self.entries or self.acks or self.writes)
+
+    def add(self, item: _Item) -> Outcome:
+        """Take in what an item proposes, up to one that raises or revokes a permit."""
+        values: list[Any] = []
+        for propose in item.proposals:
+            try:
+                proposal = propose(self.fork, self.now)
+                after = Head(self.fork.seq, self.fork.hash)
+                entries = encode_all(proposal.events, after=after, at=self.now, key=self._key)
+            except Exception as raised:  # noqa: BLE001 - whatever it is, it is the proposer's
+                return Outcome(values, raised)
+            for entry, event in zip(entries, proposal.events, strict=True):
+                recorded = Recorded(entry.seq, self.now, event, entry.hash)
+                evolve(self.fork, recorded)
+                self.written.append(recorded)
+                self.revoked = self.revoked or isinstance(event, PermitRevoked)
+            self.entries += entries
+            self.requires += proposal.requires
+            self.owners += [item] * len(proposal.requires)
+            self.writes += proposal.writes
+            self.acks += proposal.acks
+            values.append(proposal.value)
+            if self.revoked:
+                break
+        return Outcome(values, None)
+
+
 class Ledger:
     """State and commits over one event store.
 
@@ -290,78 +337,51 @@ class Ledger:
             log.error("cannot commit", kind=kind, error=str(error))
         self.problem = str(error)
 
-    async def _attempt(self, batch: list[_Item]) -> list[_Item]:  # noqa: C901 - one commit, read top to bottom
+    async def _attempt(self, batch: list[_Item]) -> list[_Item]:
         """One commit of as much of the batch as fits. Returns what is left."""
-        now = self._clock()
-        fork = self.state.fork()
-        written: list[Recorded] = []
-        entries: list[Entry] = []
-        requires: list[Require] = []
-        writes: list[Write] = []
-        acks: list[Ack] = []
-        owners: list[_Item] = []
+        draft = _Draft(self.state, self._clock(), self.audit_key)
         outcomes: list[tuple[_Item, Outcome]] = []
         for item in batch:
-            if len(entries) >= MAX_EVENTS:
+            if len(draft.entries) >= MAX_EVENTS:
                 break
-            values: list[Any] = []
-            error: Exception | None = None
-            revoked = False
-            for propose in item.proposals:
-                try:
-                    proposal = propose(fork, now)
-                    new = encode_all(proposal.events, after=Head(fork.seq, fork.hash), at=now, key=self.audit_key)
-                except Exception as raised:  # noqa: BLE001 - whatever it is, it is the proposer's
-                    error = raised
-                    break
-                recorded = [
-                    Recorded(entry.seq, now, event, entry.hash)
-                    for entry, event in zip(new, proposal.events, strict=True)
-                ]
-                for each in recorded:
-                    evolve(fork, each)
-                    revoked = revoked or isinstance(each.event, PermitRevoked)
-                entries += new
-                written += recorded
-                requires += proposal.requires
-                owners += [item] * len(proposal.requires)
-                writes += proposal.writes
-                acks += proposal.acks
-                values.append(proposal.value)
-            outcomes.append((item, Outcome(values, error)))
-            if revoked:
+            outcomes.append((item, draft.add(item)))
+            if draft.revoked:
                 break  # what follows is decided once it is known which of them had been consumed
         correction: list[_Item] = []
-        if entries or acks or writes:
-            commit = Commit(
-                expected=self._head(),
-                entries=entries,
-                requires=requires,
-                writes=[
-                    *permits.writes(written, self.keys),
-                    *views.writes(self.state, fork, [r.event for r in written], self.keys),
-                    *writes,
-                ],
-                acks=acks,
-                grants=permits.grants(written),
-                not_after_us=now + self.skew_us + GRANT_US,
-            )
+        if draft.does_something:
             try:
-                # A commit is never cancelled: its outcome would be unknown for no reason.
-                gone = await asyncio.shield(self.store.commit(commit))
+                gone = await self._commit(draft)
             except RequirementError as unmet:
-                owner = owners[unmet.index]
+                owner = draft.owners[unmet.index]
                 if not owner.done.done():
                     owner.done.set_exception(unmet)
                 return [item for item in batch if item is not owner]
-            self._refused = False
-            correction = self._correction(written, gone)
-        for recorded_event in written:
-            self._fold(recorded_event)
+            correction = self._correction(draft.written, gone)
+        for recorded in draft.written:
+            self._fold(recorded)
         for item, outcome in outcomes:
             if not item.done.done():
                 item.done.set_result(outcome)
         return [*correction, *batch[len(outcomes) :]]
+
+    async def _commit(self, draft: _Draft) -> frozenset[str]:
+        commit = Commit(
+            expected=self._head(),
+            entries=draft.entries,
+            requires=draft.requires,
+            writes=[
+                *permits.writes(draft.written, self.keys),
+                *views.writes(self.state, draft.fork, [recorded.event for recorded in draft.written], self.keys),
+                *draft.writes,
+            ],
+            acks=draft.acks,
+            grants=permits.grants(draft.written),
+            not_after_us=draft.now + self.skew_us + GRANT_US,
+        )
+        # A commit is never cancelled: its outcome would be unknown for no reason.
+        gone = await asyncio.shield(self.store.commit(commit))
+        self._refused = False
+        return gone
 
     def _correction(self, written: Sequence[Recorded], gone: frozenset[str]) -> list[_Item]:
         """Permits this commit revoked and did not find were consumed before: that comes next."""

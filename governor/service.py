@@ -31,7 +31,7 @@ from events.keys import Keys, day_of
 from events.store import Ack, Require, RequirementError, StoreError, Write
 from events.types import Decision, Event, Recorded, SettingsLoaded
 from governor import decider, disarming
-from governor.actuator import Actuator, PendingNote
+from governor.actuator import Actuator, ActuatorError, PendingNote
 from governor.checkpointing import Checkpointer
 from governor.gates import Situation
 from governor.ledger import Ledger, Outcome, Proposal
@@ -468,8 +468,10 @@ class Governor:
             )
         )
         try:
-            self.note.clear_pending()
-        except OSError as error:
+            with self.actuator.locked() as taken:
+                if taken:  # else the next sweep removes it: a note is told once
+                    self.note.clear_pending(pending)
+        except (ActuatorError, OSError) as error:
             log.error("the note of a disarm cannot be removed", path=str(self.note.path), error=str(error))
 
     def _begin_disarm(self) -> None:

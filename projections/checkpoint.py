@@ -45,6 +45,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     counts: Counts
     days: tuple[Day, ...]
     errors: tuple[int, ...]
+    noted: tuple[int, ...]
     books: dict[str, Book]
     plans: dict[str, Plan]
     permits: dict[str, Reservation]

@@ -48,11 +48,12 @@ from projections.permits import ENTRIES_KEPT, MEMORY_US, Plan, Reservation
 from projections.table import Table
 from projections.totals import Day
 
-VERSION = 1
+VERSION = 2
 """Of the state's shape: a checkpoint of another version is not read."""
 
 ARMED, THROTTLED, DISARMED = "ARMED", "THROTTLED", "DISARMED"
 _PRUNE_EVERY = 1024
+NOTES_KEPT = 16
 _CANONICAL = msgspec.json.Encoder(decimal_format="number", order="sorted")
 V = TypeVar("V")
 
@@ -132,8 +133,8 @@ class State:
     """All projections at one event."""
 
     __slots__ = (
-        "books", "counts", "days", "entries", "errors", "first_at", "forked", "hash", "hold_until", "mode", "permits",
-        "plans", "results", "seq", "settings", "time",
+        "books", "counts", "days", "entries", "errors", "first_at", "forked", "hash", "hold_until", "mode", "noted",
+        "permits", "plans", "results", "seq", "settings", "time",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -151,6 +152,8 @@ class State:
         self.days: tuple[Day, ...] = ()
         """Notional over all symbols."""
         self.errors: tuple[int, ...] = ()
+        self.noted: tuple[int, ...] = ()
+        """Notes of disarms by hand that became events: when they were written, the latest ones."""
         self.books: Table[str, Book] = Table()
         self.plans: Table[str, Plan] = Table()
         self.permits: Table[str, Reservation] = Table()
@@ -164,7 +167,7 @@ class State:
     def fork(self) -> State:
         """A state to try events on; this one stays as it is."""
         other = State()
-        for name in ("seq", "hash", "time", "first_at", "mode", "settings", "hold_until", "days", "errors"):
+        for name in ("seq", "hash", "time", "first_at", "mode", "settings", "hold_until", "days", "errors", "noted"):
             setattr(other, name, getattr(self, name))
         for name in ("books", "plans", "permits", "entries", "results"):
             setattr(other, name, getattr(self, name).fork())
@@ -179,10 +182,15 @@ class State:
     def plan(self, plan_id: str, *, now: int = 0) -> Plan | None:
         """What is remembered of a plan, None when it is unknown or too long ago."""
         plan = self.plans.get(plan_id)
-        return plan if plan is not None and plan.at > max(now, self.time) - MEMORY_US else None
+        return plan if plan is not None and _remembered(plan, max(now, self.time)) else None
 
 
 _EMPTY = Book()
+
+
+def _remembered(plan: Plan, now: int) -> bool:
+    """A plan whose permit nobody saw the end of may still be executed, however old it is."""
+    return plan.at > now - MEMORY_US or plan.permit == "outstanding"
 
 
 def initial() -> State:
@@ -243,6 +251,8 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
         case DisarmStarted():
             disarm = Disarm(time, event.reason, event.context, event.epoch, event.manual, event.operator)
             state.mode = Mode(DISARMED, time, event.reason, event.epoch, seq, disarm=disarm)
+            if isinstance(noted := event.context.get("noted_us"), int):
+                state.noted = (*state.noted[1 - NOTES_KEPT :], noted)
             counts.disarms += 1
         case AutoDisarm() | ManualDisarm():
             notes = tuple(str(note) for note in event.proof.get("notes", ()))
@@ -362,8 +372,7 @@ def _disarm_changed(state: State, epoch: int, **changes: Any) -> None:
 
 def prune(state: State) -> None:
     """Forget what nothing can ask for any more. Never changes an answer, nor the digest."""
-    horizon = state.time - MEMORY_US
-    _drop_while(state.plans, lambda plan: plan.at <= horizon)
+    _drop_while(state.plans, lambda plan: not _remembered(plan, state.time))
     _drop_while(state.books, lambda book: _live(book, state.time) == _EMPTY)
     for table in (state.entries, state.results):
         for key, _ in list(islice(table.items(), max(0, len(table) - ENTRIES_KEPT))):
@@ -397,12 +406,13 @@ def digest(state: State) -> str:
         "counts": state.counts,
         "days": totals.shown(totals.live(state.days, day=day_of(time))),
         "errors": errors.live(state.errors, now=time),
+        "noted": state.noted,
         "books": {
             symbol: Book(live.executions, live.stops, totals.shown(live.days))
             for symbol, book in state.books.items()
             if (live := _live(book, time)) != _EMPTY
         },
-        "plans": {plan_id: plan for plan_id, plan in state.plans.items() if plan.at > time - MEMORY_US},
+        "plans": {plan_id: plan for plan_id, plan in state.plans.items() if _remembered(plan, time)},
         "permits": dict(state.permits.items()),
         "entries": list(state.entries.items())[-ENTRIES_KEPT:],
         "results": list(state.results.items())[-ENTRIES_KEPT:],

@@ -841,8 +841,11 @@ def test_a_note_is_kept_until_it_is_cleared(config: Path) -> None:
     write(note, Pending(reason="again", context={}, operator="bob", timestamp_us=1))
     assert note.read_pending() == Pending(reason="again", context={}, operator="bob", timestamp_us=1, proof=None)
     assert leftovers(config) == []
-    note.clear_pending()
-    note.clear_pending()
+    note.clear_pending(NOTE)
+    assert note.read_pending() is not None, "another note came meanwhile, and that one is not told yet"
+    again = Pending(reason="again", context={}, operator="bob", timestamp_us=1)
+    note.clear_pending(again)
+    note.clear_pending(again)
     assert note.read_pending() is None
 
 

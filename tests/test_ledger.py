@@ -203,9 +203,11 @@ async def test_a_disarm_deletes_every_outstanding_permit_in_its_own_commit() -> 
 async def test_each_proposal_of_a_batch_sees_what_the_ones_before_it_leave() -> None:
     it = await opened(store := Flaky())
     outcome = await it.propose(*(plan(it, f"p{number}") for number in range(1, 5)))
-    assert [value.reason for value in outcome.values] == [None, None, "burst_limit_exceeded", "disarmed"]
+    assert [value.reason for value in outcome.values] == [None, None, "burst_limit_exceeded"]
     assert len(store.commits) == 1
     assert digest(it.state) == refold(store)
+    outcome = await it.propose(plan(it, "p4"))
+    assert [value.reason for value in outcome.values] == ["disarmed"], "decided once it is known what was revoked"
 
 
 async def test_a_permit_that_is_revoked_in_the_commit_that_grants_it_leaves_no_key() -> None:

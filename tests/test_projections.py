@@ -445,11 +445,38 @@ def test_a_fork_of_the_state_leaves_it_as_it_is() -> None:
 
 
 def test_a_plan_is_forgotten_after_twenty_five_hours() -> None:
-    state = state_after(decided())
+    state = state_after(
+        decided(), executed(counted=False), PermitConsumed(plan_id="p1", symbol="BTCUSDT", source="result")
+    )
     state_after(Recovered(), at=NOON + 25 * HOUR - 1, state=state)
     assert state.plan("p1") is not None
     state_after(Recovered(), at=NOON + 25 * HOUR, state=state)
     assert state.plan("p1") is None
+
+
+def test_a_plan_whose_permit_nobody_saw_the_end_of_is_remembered_however_old_it_is() -> None:
+    state = state_after(decided())
+    state_after(Recovered(), at=NOON + 9 * DAY, state=state)
+    prune(state)
+    assert state.plan("p1", now=NOON + 10 * DAY) is not None
+    state_after(PermitConsumed(plan_id="p1", symbol="BTCUSDT", source="assumed"), at=NOON + 9 * DAY, state=state)
+    assert state.plan("p1") is None
+
+
+def test_what_a_permit_of_a_forgotten_plan_comes_to_is_not_said_of_the_plan_that_came_after_it() -> None:
+    state = state_after(decided(), PermitConsumed(plan_id="p1", symbol="BTCUSDT", source="assumed"))
+    state_after(decided(verdict="BLOCK"), at=NOON + 26 * HOUR, state=state)
+    state_after(PermitExpired(plan_id="p1", symbol="BTCUSDT"), at=NOON + 26 * HOUR, state=state)
+    plan = state.plan("p1")
+    assert plan is not None
+    assert (plan.verdict, plan.permit) == ("BLOCK", "none")
+
+
+def test_the_latest_notes_are_remembered() -> None:
+    started = [
+        DisarmStarted(reason="r", context={"noted_us": n}, epoch=n, manual=True, operator="anna") for n in range(1, 30)
+    ]
+    assert state_after(*started).noted == tuple(range(14, 30))
 
 
 # -- memory and digest ---------------------------------------------------------------------------------------------
@@ -497,7 +524,7 @@ def test_an_idle_book_goes_when_the_days_it_counts_are_out_of_reach() -> None:
 
 
 def test_pruning_happens_by_itself_and_never_on_a_fork() -> None:
-    state = state_after(*[Recovered()] * 1022, decided())
+    state = state_after(*[Recovered()] * 1021, decided(), PermitRevoked(plan_id="p1", symbol="BTCUSDT"))
     fork = state_after(Recovered(), at=NOON + 2 * DAY, state=state.fork())
     assert (fork.seq, len(fork.plans)) == (1024, 1)
     unpruned = digest(fork)
@@ -547,6 +574,7 @@ def test_the_digest_sees_what_became_of_a_permit_while_the_plan_is_remembered() 
     one, two = (state_after(decided(), executed(counted=False)) for _ in range(2))
     plan = two.plan("p1")
     assert plan is not None
+    one.plans.set("p1", msgspec.structs.replace(plan, permit="consumed"))
     two.plans.set("p1", msgspec.structs.replace(plan, permit="revoked"))
     assert digest(one) != digest(two)
     for state in (one, two):
