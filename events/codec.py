@@ -95,7 +95,7 @@ def microseconds(timestamp: str) -> int:
     Raises:
         CodecError: not unix seconds with six decimals.
     """
-    digits = timestamp[:-7] + timestamp[-6:]
+    digits = timestamp.replace(".", "", 1)
     if len(digits) < 7 or timestamp[-7] != "." or not (digits.isascii() and digits.isdecimal()):
         raise CodecError(f"timestamp {timestamp!r} is not unix seconds with six decimals")
     return int(digits)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -15,7 +16,6 @@ from governor.console import (
     DONE,
     FAILED,
     PAGE,
-    DamagedError,
     duration,
     fail,
     from_option,
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
     from events.files import Header
     from events.store import EventStore
-    from events.types import Entry, Head, Recorded
-    from governor.replay import Auditor
+    from events.types import Head, Recorded
     from governor.settings import Settings
 
 
@@ -200,6 +199,14 @@ def explain(plan_id: str, *, files: tuple[Path, ...], as_json: bool) -> None:
     metavar="FILE",
     help="What-if: draw totals and states under both settings, .svg or .png.",
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=lambda: len(os.sched_getaffinity(0)),
+    show_default="what the machine has",
+    metavar="N",
+    help="Audit a long history with up to N processes; more than 2 are no help.",
+)
 @from_option
 @json_option
 def replay(
@@ -213,6 +220,7 @@ def replay(
     limits: Path | None,
     rearm_after: str | None,
     picture: Path | None,
+    jobs: int,
     files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
@@ -248,7 +256,7 @@ def replay(
             return await _what_if(settings, files, until, at_seq, change, show_all=show_all, as_json=as_json)
         return await _audit(
             settings, files, until, at_seq, head_of(expect_head, option="--expect-head"),
-            anchor=anchor, show_all=show_all, as_json=as_json,
+            jobs=jobs, anchor=anchor, show_all=show_all, as_json=as_json,
         )  # fmt: skip
 
     end_with(work())
@@ -343,46 +351,31 @@ async def _audit(
     at_seq: int | None,
     expect: Head | None,
     *,
+    jobs: int,
     anchor: bool,
     show_all: bool,
     as_json: bool,
 ) -> int:
-    import msgspec  # noqa: PLC0415
-
     from governor import status as views  # noqa: PLC0415
-    from governor.replay import Auditor  # noqa: PLC0415
+    from governor.parallel import Source, audit  # noqa: PLC0415
 
-    auditor = Auditor(key=settings.audit_key.encode() or None, expect=expect, until_us=until, until_seq=at_seq)
-    async with history(settings, files) as store:
-        claimed = await store.head() if files else None
-        await _feed(auditor, pages(store, label="replaying"))
-    found, state = auditor.finish()
-    if claimed is not None and not auditor.stopped and found.chain == "ok" and found.head != claimed:
-        found = msgspec.structs.replace(found, complete=False)
-    then = views.describe(state, views.policy_of(state, settings.policy), until or state.time)
-    stopped = until is not None or at_seq is not None
+    found, state = await audit(Source(settings, files, expect), jobs=jobs, until_us=until, until_seq=at_seq)
+    then: dict[str, Any] | None = None
+    if state is not None and (until is not None or at_seq is not None):
+        then = views.describe(state, views.policy_of(state, settings.policy), until or state.time)
     if as_json:
         print_json(
             {name: getattr(found, name) for name in found.__struct_fields__}
             | {"head": {"seq": found.head.seq, "hash": found.head.hash}}
-            | ({"status": then} if stopped else {})
+            | ({} if then is None else {"status": then})
         )
     elif anchor and found.clean:
         click.echo(f"{found.head.seq}:{found.head.hash}")
     else:
-        if stopped:
+        if then is not None:
             printing.print_status(then | {"halted": None})
         printing.print_replay(found, show_all=show_all, err=anchor)
     return DONE if found.clean else DIFFERS
-
-
-async def _feed(auditor: Auditor, read: AsyncIterator[list[Entry]]) -> None:
-    try:
-        async for entries in read:
-            if not auditor.feed(entries):
-                return
-    except DamagedError as error:
-        auditor.damaged(str(error))
 
 
 @click.command(epilog=CODES)

@@ -16,7 +16,7 @@ import redis.asyncio
 
 from events import chain
 from events.codec import decode
-from events.keys import DAY_US, Keys, day_of
+from events.keys import Keys
 from events.store import Commit, ConflictError, UnavailableError, Write
 from events.types import Entry, Head
 from governor.ledger import Ledger
@@ -34,23 +34,6 @@ class KeyDifference(msgspec.Struct, frozen=True, kw_only=True):
     """None: the events do not explain this key."""
     actual: str | list[str] | None
     """None: it is missing, or of another type."""
-
-
-def expected(state: State, keys: Keys, now: int) -> dict[str, Write]:
-    """Every public key the events ask for at `now` (microseconds), as the write that makes it.
-
-    That is the state, the disarm of the last day, and of each symbol the executions of the last day and today's totals.
-    """
-    wanted = [views.state_write(state, keys)]
-    if state.mode.disarm is not None and now - state.mode.disarm.at < DAY_US:
-        wanted.append(views.disarm_write(state, keys))
-    today = day_of(max(now, state.time))
-    for symbol, book in state.books.items():
-        current = {keys.daily(symbol, today), keys.daily_qty(symbol, today)}
-        if book.executions and now - book.executions[-1] < DAY_US:
-            current.add(keys.executions(symbol))
-        wanted += [w for w in views.symbol_writes(state, symbol, keys) if w.op != "del" and w.key in current]
-    return {write.key: write for write in wanted}
 
 
 async def fold_all(
@@ -171,7 +154,7 @@ async def mend(
         differences = wrong + await _compare(ledger.state, client, ledger.keys, now)
         if not differences:
             return []
-        wanted = expected(ledger.state, ledger.keys, now)
+        wanted = views.expected(ledger.state, ledger.keys, now)
         writes = [wanted.get(difference.key, Write("del", difference.key)) for difference in differences]
         try:
             await ledger.store.commit(Commit(expected=_head(ledger), entries=(), writes=writes))
@@ -194,7 +177,7 @@ async def _fold(
 
 
 async def _compare(state: State, client: redis.asyncio.Redis, keys: Keys, now: int) -> list[KeyDifference]:
-    wanted = expected(state, keys, now)
+    wanted = views.expected(state, keys, now)
     # Yesterday's totals live on until a day after they were last written; nobody misses them, and they may stay.
     leftover = {write.key for symbol, _ in state.books.items() for write in views.symbol_writes(state, symbol, keys)}
     held = await found(client, keys)

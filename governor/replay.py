@@ -11,14 +11,14 @@ and follows from none is a difference too. What was recorded is what is folded, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from events import chain
-from events.codec import decode
+from events.codec import FOLDED, decode
 from events.types import (
     Context,
     Decision,
@@ -114,7 +114,19 @@ def replay(
 
 
 class Auditor:
-    """The same a page at a time, for histories that should not be held in memory. Arguments as for `replay`."""
+    """The same a page at a time, for histories that should not be held in memory.
+
+    It can audit a part: the history is cut before a plan, since a plan always begins what is decided together.
+
+    Args:
+        key: as for `replay`, and so are `expect`, `until_us`, `until_seq` and `policies`.
+        expect: see there.
+        until_us: see there.
+        until_seq: see there.
+        policies: see there.
+        until_plan: stop before the first plan received at this event or later.
+        from_plan: only fold what is before the first plan received at this event or later.
+    """
 
     def __init__(
         self,
@@ -124,23 +136,33 @@ class Auditor:
         until_us: int | None = None,
         until_seq: int | None = None,
         policies: Mapping[str, Policy] = NO_POLICIES,
+        until_plan: int | None = None,
+        from_plan: int | None = None,
     ) -> None:
         self.seq, self._hash = chain.GENESIS
         """The last event that was looked at."""
         self._key, self._expect = key, expect
         self._until_us, self._until_seq = until_us, until_seq
+        self._until_plan, self._from_plan = until_plan, from_plan
         self._audit = _Audit(policies)
         self._seen = expect is None or expect.seq == 0
         self._broken: str | dict[str, Any] = "ok"
         self.stopped = False
         """Whether it ended before the history did, as it was told to."""
+        self.cut: Head | None = None
+        """The head before the plan at which the history is cut, once that plan was reached."""
 
     def feed(self, entries: Iterable[Entry]) -> bool:
         """The next entries. False when nothing behind them needs to be looked at."""
         bounded = self._until_us is not None or self._until_seq is not None
         try:
-            for entry in chain.verify(entries, after=Head(self.seq, self._hash), key=self._key):
+            verified = chain.verify(entries, after=Head(self.seq, self._hash), key=self._key)
+            for entry in verified if self._from_plan is None else self._folded(verified, self._from_plan):
                 recorded = decode(entry)
+                if self._until_plan is not None and _cuts(entry, self._until_plan):
+                    self._audit.finish_before(recorded)
+                    self.cut = Head(self.seq, self._hash)
+                    return False
                 if bounded and self._beyond(recorded):
                     self.stopped = True
                     return False
@@ -176,10 +198,49 @@ class Auditor:
         )
         return found, state
 
+    def _folded(self, entries: Iterator[Entry], from_plan: int) -> Iterator[Entry]:
+        """Fold, and pass on what is to be audited."""
+        for entry in entries:
+            if _cuts(entry, from_plan):
+                self.cut, self._from_plan = Head(self.seq, self._hash), None
+                yield entry
+                yield from entries
+                return
+            self._audit.fold(decode(entry, FOLDED))
+            self.seq, self._hash = entry.seq, entry.hash
+
     def _beyond(self, recorded: Recorded) -> bool:
         return (self._until_us is not None and recorded.at > self._until_us) or (
             self._until_seq is not None and recorded.seq > self._until_seq
         )
+
+
+def _cuts(entry: Entry, seq: int) -> bool:
+    return entry.seq >= seq and entry.name == PlanReceived.NAME
+
+
+def joined(first: Replay, cut: Head | None, second: Auditor) -> Replay | None:
+    """What audits of two parts found, as one audit of the whole would have found it.
+
+    Args:
+        first: of the part `until_plan`.
+        cut: where that ended; None where it never came to that plan, and so was an audit of the whole.
+        second: of the part `from_plan`, fed and not finished.
+
+    Returns:
+        None where the two did not read the same history.
+    """
+    if cut is None:
+        return first
+    if cut != second.cut:
+        return None
+    found, _ = second.finish()
+    return msgspec.structs.replace(
+        found,
+        decisions=first.decisions + found.decisions,
+        differences=first.differences + found.differences,
+        complete=first.complete or found.complete,
+    )
 
 
 def decide_again(  # noqa: C901, PLR0911, PLR0912 - one case an event
@@ -246,7 +307,7 @@ def _plan(state: State, received: PlanReceived, decision: Decision, policy: Poli
         now=at,
         apply_mode=decision.apply_mode,
         halt=decision.halt,
-        history="quarantined" if decision.history == "quarantined" else "whole",
+        history=_history(state, decision, at),
     )
     fields, settings = received.fields, decision.settings
     try:
@@ -259,6 +320,12 @@ def _plan(state: State, received: PlanReceived, decision: Decision, policy: Poli
         ).events
     except (MalformedPlanError, decider.MarketNeededError):
         return ()
+
+
+def _history(state: State, decision: Decision, at: int) -> str:
+    """Input of the first gate. A hold that the events ask for is found again; another one came from outside."""
+    held = decision.history == "history_hold" and at >= state.hold_until
+    return decision.history if held or decision.history == "quarantined" else "whole"
 
 
 def _market(decision: Decision) -> Market | None:
@@ -331,9 +398,15 @@ class _Audit:
         if isinstance(event, Decision):
             self.decisions += 1
         elif isinstance(event, SettingsLoaded):
-            self._policies.setdefault(event.digest, from_texts(event.settings, event.limits))
+            self._know(event)
         self._waiting.append(recorded)
         self._settle(last=False)
+
+    def fold(self, recorded: Recorded) -> None:
+        """One more recorded event, which somebody else audits."""
+        if isinstance(recorded.event, SettingsLoaded):
+            self._know(recorded.event)
+        evolve(self.state, recorded)
 
     def finish(self, *, compared: bool) -> None:
         """There is no more: settle what still waits, or only fold it."""
@@ -343,9 +416,18 @@ class _Audit:
             evolve(self.state, recorded)
         self._waiting.clear()
 
-    def _settle(self, *, last: bool) -> None:
+    def finish_before(self, plan: Recorded) -> None:
+        """Settle what still waits, knowing that this comes next. It is never part of what was before it."""
+        self._waiting.append(plan)
+        self._settle(last=True, until=plan)
+        self._waiting.clear()
+
+    def _know(self, event: SettingsLoaded) -> None:
+        self._policies.setdefault(event.digest, from_texts(event.settings, event.limits))
+
+    def _settle(self, *, last: bool, until: Recorded | None = None) -> None:
         waiting, state = self._waiting, self.state
-        while waiting:
+        while waiting and waiting[0] is not until:
             computed = self._computed
             if computed is None:
                 first = waiting[0]

@@ -41,7 +41,8 @@ class Table(Generic[K, V]):
 
     def renew(self, key: K, value: V) -> None:
         """Write a value as the newest."""
-        self._own.pop(key, None)
+        if key in self._own:
+            del self._own[key]
         self._own[key] = value
 
     def discard(self, key: K) -> None:

@@ -42,11 +42,11 @@ def _kept(days: tuple[Day, ...], day: int) -> Day:
 
 def add(days: tuple[Day, ...], day: int, notional: Decimal, quantity: Decimal) -> tuple[Day, ...]:
     """With an amount counted on `day`; negative amounts release. Days out of reach are left out."""
-    known = _kept(days, day)
+    known = days[-1] if days and days[-1].day == day else _kept(days, day)
     # Exact, and kept with whatever zeros it ends in: `on` is for whoever looks at it.
     added = MATH.add(known.quantity, quantity) if quantity else known.quantity
     changed = Day(day, MATH.add(known.notional, notional), added)
-    if days and days[-1] is known and (changed.notional or changed.quantity):
+    if days and known is days[-1] and (changed.notional or changed.quantity):
         return (*days[:-1], changed)  # the others were looked at when this day began
     return live(tuple(sorted((*(d for d in days if d.day != day), changed), key=lambda d: d.day)), day=day)
 

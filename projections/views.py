@@ -11,7 +11,7 @@ from typing import assert_never
 
 from events.codec import dumps, seconds
 from events.decimals import text
-from events.keys import Keys, day_of
+from events.keys import DAY_US, Keys, day_of
 from events.store import Write
 from events.types import (
     AutoDisarm,
@@ -132,6 +132,23 @@ def symbol_writes(state: State, symbol: str, keys: Keys) -> list[Write]:
         else:
             found += [Write("del", key) for key, _ in amounts]
     return found
+
+
+def expected(state: State, keys: Keys, now: int) -> dict[str, Write]:
+    """Every public key the events ask for at `now` (microseconds), as the write that makes it.
+
+    That is the state, the disarm of the last day, and of each symbol the executions of the last day and today's totals.
+    """
+    wanted = [state_write(state, keys)]
+    if state.mode.disarm is not None and now - state.mode.disarm.at < DAY_US:
+        wanted.append(disarm_write(state, keys))
+    today = day_of(max(now, state.time))
+    for symbol, book in state.books.items():
+        current = {keys.daily(symbol, today), keys.daily_qty(symbol, today)}
+        if book.executions and now - book.executions[-1] < DAY_US:
+            current.add(keys.executions(symbol))
+        wanted += [w for w in symbol_writes(state, symbol, keys) if w.op != "del" and w.key in current]
+    return {write.key: write for write in wanted}
 
 
 def _unix(at: int) -> float:

@@ -22,7 +22,8 @@ def count(times: tuple[int, ...], *, now: int, window: int) -> int:
 
 def add(times: tuple[int, ...], time: int) -> tuple[int, ...]:
     """With one more, the newest, and without what no window and no reader needs any more."""
-    return live((*times, time), now=time)
+    longer = (*times, time)
+    return longer if len(longer) <= KEPT and longer[0] > time - KEPT_US else live(longer, now=time)
 
 
 def live(times: tuple[int, ...], *, now: int) -> tuple[int, ...]:

@@ -195,19 +195,30 @@ def test_a_plan_id_is_decided_once_whatever_it_got(limits: Limits) -> None:
     assert first.verdict == ("EXECUTE" if limits == Limits() else "BLOCK")
 
 
+def used(plan_id: str) -> Spec:
+    """A gate that permitted a plan just now, and whose client took the permit."""
+    spec = Spec().granted(plan_id)
+    spec.take_back(plan_id, gone=True)
+    return spec
+
+
 def test_a_plan_id_stays_used_up_for_a_day_and_longer() -> None:
-    spec = Spec().granted("p").after(DAY + HOUR - 1)
+    spec = used("p").after(DAY + HOUR - 1)
     assert reason(spec.plan("p")) == "duplicate_plan"
     assert reason(spec.after(1).plan("p")) is None
 
 
 def test_a_plan_id_is_free_again_however_quiet_it_was_since() -> None:
-    assert reason(Spec().granted("p").after(DAY + HOUR).plan("p")) is None
-    assert decision(failed(Spec().granted("p").after(DAY + HOUR), "p")).verdict == "BLOCK"
+    assert reason(used("p").after(DAY + HOUR).plan("p")) is None
+    assert decision(failed(used("p").after(DAY + HOUR), "p")).verdict == "BLOCK"
+
+
+def test_a_plan_id_is_not_free_again_while_nobody_saw_the_end_of_its_permit() -> None:
+    assert reason(Spec().granted("p").after(3 * DAY).plan("p")) == "duplicate_plan"
 
 
 def test_a_skipped_duplicate_does_not_lengthen_the_memory() -> None:
-    spec = Spec().granted("p").after(DAY)
+    spec = used("p").after(DAY)
     spec.plan("p")
     assert reason(spec.after(HOUR).plan("p")) is None
 

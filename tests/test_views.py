@@ -172,3 +172,17 @@ def test_every_key_begins_with_the_prefix() -> None:
     events = (decided(), DISARM)
     after = state_after(*events)
     assert all(write.key.startswith("{acme}:governor:") for write in views.writes(initial(), after, events, keys))
+
+
+def test_what_the_events_ask_for_is_the_state_and_what_was_counted_in_the_last_day() -> None:
+    state = state_after(decided("p1"), decided("p2"))
+    today = {STATE, EXEC, f"{DAILY}:{TODAY}", f"{QTY}:{TODAY}"}
+    assert views.expected(state, KEYS, NOON).keys() == today
+    assert views.expected(state, KEYS, NOON + DAY - SECOND).keys() == {STATE, EXEC}, "yesterday's totals are no loss"
+    assert views.expected(state, KEYS, NOON + DAY).keys() == {STATE}
+
+
+def test_the_disarm_in_force_is_asked_for_for_a_day() -> None:
+    state = state_after(DISARM)
+    assert views.expected(state, KEYS, NOON + DAY - 1).keys() == {STATE, f"quantum:governor:disarm:{TODAY}"}
+    assert views.expected(state, KEYS, NOON + DAY).keys() == {STATE}
