@@ -59,7 +59,7 @@ class PlanLost(_Event, frozen=True, kw_only=True):
     NAME: ClassVar[str] = "PLAN_LOST"
     count: int
     entry_ids: tuple[str, ...] = ()
-    """The entries, where their ids are known."""
+    """The entries, where their ids are known; for entries trimmed unread, `<last entry before>+<how many>`."""
 
 
 class Check(msgspec.Struct, frozen=True, gc=False):

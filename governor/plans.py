@@ -6,6 +6,7 @@ Only numbers that take part in a decision are looked at; everything else is kept
 from __future__ import annotations
 
 from decimal import Decimal
+from itertools import islice
 from re import compile as regex
 
 import msgspec
@@ -30,6 +31,8 @@ FIELDS_BYTES = 65_536
 REJECTED_BYTES = 4_096
 NAME_MOST = 128
 """Characters kept of a field's name."""
+FIELDS_MOST = 256
+"""Fields kept."""
 
 _plan_id = regex(r"[A-Za-z0-9._:-]{1,128}").fullmatch
 _symbol = regex(r"[A-Z0-9_]{1,32}").fullmatch
@@ -142,13 +145,14 @@ def cut(fields: dict[str, str], size: int) -> tuple[dict[str, str], bool]:
     """
     names, values = "".join(fields), "".join(fields.values())
     fits = len(names) + len(values) <= size and max(map(len, fields), default=0) <= NAME_MOST
+    fits = fits and len(fields) <= FIELDS_MOST
     if fits and names.isascii() and values.isascii():
         return fields, False  # the usual case, told quickly
     ordered = {name: fields[name] for name in _FIRST if name in fields} | fields
     kept: dict[str, str] = {}
     left = size
-    whole = True
-    for name, value in ordered.items():
+    whole = len(fields) <= FIELDS_MOST
+    for name, value in islice(ordered.items(), FIELDS_MOST):
         shown = name[:NAME_MOST]
         room = left - len(shown.encode(errors="replace"))
         short = value.encode(errors="replace")[: max(0, room)].decode(errors="ignore")
