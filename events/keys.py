@@ -28,6 +28,7 @@ class Keys:
         self.events = f"{prefix}:stream:governor.events"
         self.state = f"{prefix}:governor:state"
         self.halt = f"{prefix}:governor:halt"
+        self.lease = f"{prefix}:governor:lease"
         self.snapshot = f"{prefix}:governor:snapshot"
 
     def permit(self, plan_id: str) -> str:

@@ -11,11 +11,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from events.store import StoreError, Write
+from events.types import HistoryAccepted
 from governor import decider, disarming
 from governor.actuator import Actuator, ActuatorError, PendingNote, Proof
 from governor.connection import connected, ledger_on, now
 from governor.ledger import Ledger, Proposal
 from governor.settings import Settings
+from governor.status import policy_of
 
 REDIS_S = 2.0
 """Redis has this long to answer before file and service come first."""
@@ -52,8 +54,18 @@ async def disarm(settings: Settings, *, reason: str, operator: str) -> dict[str,
         return await _without_redis(settings, actuator, error, reason=reason, operator=operator)
 
 
-async def rearm(settings: Settings, *, reason: str, operator: str, force: bool) -> dict[str, Any]:
+async def rearm(
+    settings: Settings, *, reason: str, operator: str, force: bool, accept_history: bool = False
+) -> dict[str, Any]:
     """Arm again.
+
+    Args:
+        settings: where Redis and the Apply Layer are.
+        reason: why; recorded.
+        operator: who.
+        force: although a disarm is unfinished or the emergency brake is set.
+        accept_history: first take Redis' history where it contradicts a daemon's journal. The daemon sets its journal
+            aside when it reads of it.
 
     Returns:
         What to tell: `message`, `code` (0 armed, 1 refused), `state`, `epoch`.
@@ -66,6 +78,7 @@ async def rearm(settings: Settings, *, reason: str, operator: str, force: bool) 
         await ledger.open()
         if not ledger.state.seq:
             return {"code": 1, "state": None, "epoch": None, "message": f"refused: {nothing_here(settings)}"}
+        accepted = await _accept_history(ledger, settings, reason, operator) if accept_history else ""
         (halt,) = await ledger.store.values(ledger.keys.halt)
         was = ledger.state.mode
         outcome = await ledger.propose(
@@ -77,18 +90,29 @@ async def rearm(settings: Settings, *, reason: str, operator: str, force: bool) 
         mode = ledger.state.mode
         told: dict[str, Any] = {"state": mode.state, "epoch": mode.epoch, "reason": reason, "operator": operator}
         if isinstance(outcome.error, decider.RearmRefusedError):
-            return told | {"code": 1, "message": f"refused: {outcome.error}"}
+            return told | {"code": 1, "message": f"{accepted}refused: {outcome.error}"}
         if outcome.error is not None:
             raise outcome.error
         if was.state != "DISARMED":
-            return told | {"code": 0, "message": f"nothing to do: the state is {mode.state}"}
+            return told | {"code": 0, "message": f"{accepted or 'nothing to do: '}the state is {mode.state}"}
         return told | {
             "code": 0,
             "message": (
-                f"{mode.state}, epoch {mode.epoch}. The Apply Layer is still as the disarm left it; to trade again "
-                f"set APPLY_MODE in {settings.apply_config_path} and restart {settings.apply_service}."
+                f"{accepted}{mode.state}, epoch {mode.epoch}. The Apply Layer is still as the disarm left it; to trade "
+                f"again set APPLY_MODE in {settings.apply_config_path} and restart {settings.apply_service}."
             ),
         }
+
+
+async def _accept_history(ledger: Ledger, settings: Settings, reason: str, operator: str) -> str:
+    """Write HISTORY_ACCEPTED. Returns what to tell."""
+    hold_us = policy_of(ledger.state, settings.policy).permit_ttl_us
+    outcome = await ledger.propose(
+        lambda _state, at: Proposal([HistoryAccepted(reason=reason, operator=operator, hold_until_us=at + hold_us)])
+    )
+    if outcome.error is not None:
+        raise outcome.error
+    return f"history accepted, no permits for {hold_us / 1e6:.0f} s; "
 
 
 def nothing_here(settings: Settings) -> str:

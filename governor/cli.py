@@ -180,8 +180,13 @@ def disarm(reason: str, *, as_json: bool) -> None:
 @main.command(epilog=CODES)
 @reason_option
 @click.option("--force", is_flag=True, help="Although a disarm is unfinished or the emergency brake is set.")
+@click.option(
+    "--accept-history",
+    is_flag=True,
+    help="Take Redis' history where it contradicts the daemon's journal: ends a quarantine.",
+)
 @json_option
-def rearm(reason: str, *, force: bool, as_json: bool) -> None:
+def rearm(reason: str, *, force: bool, accept_history: bool, as_json: bool) -> None:
     """Arm again after a disarm: permits are granted from here on.
 
     The Apply Layer's file is left as it is: set APPLY_MODE back and restart the service when you mean to trade.
@@ -190,7 +195,9 @@ def rearm(reason: str, *, force: bool, as_json: bool) -> None:
     async def work() -> int:
         from governor import by_hand  # noqa: PLC0415
 
-        told = await by_hand.rearm(settings_of(logs=True), reason=reason, operator=operator(), force=force)
+        told = await by_hand.rearm(
+            settings_of(logs=True), reason=reason, operator=operator(), force=force, accept_history=accept_history
+        )
         if as_json:
             print_json(told)
         else:

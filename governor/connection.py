@@ -1,24 +1,51 @@
-"""How every command and the daemon reach Redis: a client, the store and the ledger on it, and the clock."""
+"""How every command and the daemon reach Redis: a client, the store and the ledger on it, and the clock.
+
+Three ways, one client. Without Sentinels and without a hash tag in the prefix it connects to REDIS_HOST. With
+Sentinels it asks them for the primary, and with a hash tag a node of the cluster for the owner of the tag's slot,
+whenever it connects: after a failover, a broken connection or a word of the server that it is not the one any more,
+the next command finds the new one. A command is never sent twice for that: it fails, and its caller looks and
+proposes again, as after any lost answer.
+
+All keys are in one slot, so the cluster needs no cluster client; redis-py's sends keyless commands to any node,
+asks the server for the keys of others, and does not know a command named in bytes.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
+import redis.exceptions
+import structlog
+from redis.asyncio.connection import SSLConnection
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool, SentinelManagedConnection
+from redis.backoff import NoBackoff
+from redis.crc import key_slot
 
 from events import store
 from events.archive import ArchivedStore
 from events.keys import Keys
-from governor.settings import Settings
+from governor.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from governor.ledger import Ledger
 
+log = structlog.get_logger("governor")
+
 ANSWER_S = 5.0
 """How long Redis has for an answer; reads that block wait for less."""
+CONNECT_S = 2.0
+"""How long it has to take a connection."""
+FIND_S = 1.0
+"""How long a Sentinel or a node of the cluster has to say who is in charge, before another one is asked."""
+WATCH_S = 0.5
+"""How often the Sentinels are asked whether the primary is still the primary."""
+Address = tuple[str, int]
 
 
 def now() -> int:
@@ -27,16 +54,23 @@ def now() -> int:
 
 
 def client(settings: Settings, *, answer_s: float = ANSWER_S) -> redis.asyncio.Redis:
-    """A client for the settings' server; its owner closes it."""
-    return store.client(
-        host=settings.redis_host,
-        port=settings.redis_port,
-        db=settings.redis_db,
-        username=settings.redis_username or None,
-        password=settings.redis_password or None,
-        ssl=settings.redis_tls,
-        socket_timeout=answer_s,
-    )
+    """A client for the settings' server, whichever that is at the time; its owner closes it."""
+    options: dict[str, Any] = {
+        "db": settings.redis_db,
+        "username": settings.redis_username or None,
+        "password": settings.redis_password or None,
+        "ssl": settings.redis_tls,
+        "socket_timeout": answer_s,
+    }
+    within_s = min(FIND_S, answer_s)
+    if settings.redis_sentinels:
+        sentinels = _Sentinels(settings.redis_sentinels, within_s=within_s, ssl=settings.redis_tls)
+        return _found(settings.redis_sentinel_name, sentinels, **options)
+    if (tag := hash_tag(settings.key_prefix)) is not None:
+        nodes = _Nodes((settings.redis_host, settings.redis_port), within_s=within_s, **options)
+        kind = _NodeTlsConnection if settings.redis_tls else _NodeConnection
+        return _found(str(key_slot(tag.encode())), nodes, connection_class=kind, **options)
+    return store.client(host=settings.redis_host, port=settings.redis_port, **options)
 
 
 @asynccontextmanager
@@ -47,6 +81,62 @@ async def connected(settings: Settings, *, answer_s: float = ANSWER_S) -> AsyncI
         yield one
     finally:
         await one.aclose()
+
+
+async def watch(connection: redis.asyncio.Redis, *, every_s: float = WATCH_S) -> None:
+    """Leave a primary that the Sentinels have replaced while it is still there; runs until it is cancelled.
+
+    Nobody tells a client. After a planned failover, or one because the Sentinels alone could not reach it, an old
+    primary goes on for eight seconds or more and acknowledges what is lost when it becomes a replica. A connection
+    that is left fails what waits on it; the next command finds the new primary. Without Sentinels there is nothing
+    to watch, and this returns at once.
+    """
+    pool = connection.connection_pool
+    if not isinstance(pool, SentinelConnectionPool) or not isinstance(pool.sentinel_manager, _Sentinels):
+        return
+    while True:
+        await asyncio.sleep(every_s)
+        known = pool.master_address
+        with suppress(redis.exceptions.RedisError):
+            found = await pool.sentinel_manager.discover_master(pool.service_name)
+            if known is not None and known == pool.master_address != found:
+                log.warning("the primary was replaced", was="{}:{}".format(*known), now="{}:{}".format(*found))
+                await pool.disconnect()
+
+
+def place(settings: Settings) -> str:
+    """Where the client connects, for people."""
+    if settings.redis_sentinels:
+        sentinels = ", ".join(f"{host}:{port}" for host, port in settings.redis_sentinels)
+        return f"{settings.redis_sentinel_name} of the Sentinels {sentinels}"
+    return f"{settings.redis_host}:{settings.redis_port}"
+
+
+def hash_tag(prefix: str) -> str | None:
+    """The part of a key prefix that alone decides the slot: what stands in its first braces, if anything does."""
+    _, opened, rest = prefix.partition("{")
+    tag, closed, _ = rest.partition("}")
+    return tag if opened and closed and tag else None
+
+
+async def refuse_plain_prefix(connection: redis.asyncio.Redis, settings: Settings) -> None:
+    """Hold the settings against a cluster, if there is one. Not reachable, or INFO not allowed: nothing is refused.
+
+    Raises:
+        SettingsError: a cluster, and the keys would be spread over it.
+    """
+    if hash_tag(settings.key_prefix) is not None:
+        return
+    try:
+        info = await connection.info("cluster")
+    except Exception as error:  # noqa: BLE001 - redis-py lets more than its own errors out of broken connections
+        log.debug("cluster state unknown", error=str(error))
+        return
+    if info.get("cluster_enabled"):
+        raise SettingsError(
+            f"GOV_KEY_PREFIX is {settings.key_prefix!r}, expected one with a hash tag such as '{{quantum}}': "
+            "on a Redis Cluster all keys of an account have to be in one slot"
+        )
 
 
 def stream_on(connection: redis.asyncio.Redis, settings: Settings) -> store.RedisStore:
@@ -66,3 +156,152 @@ def ledger_on(connection: redis.asyncio.Redis, settings: Settings, **options: An
 
     key = settings.audit_key.encode() or None
     return Ledger(store_on(connection, settings), Keys(settings.key_prefix), now, audit_key=key, **options)
+
+
+def _found(name: str, finder: Any, **options: Any) -> redis.asyncio.Redis:
+    """A client that asks `finder.discover_master(name)` for the address of every connection it makes.
+
+    As `events.store.client` otherwise: RESP2, and never a retry of its own.
+    """
+    pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]
+        name,
+        finder,
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),
+        health_check_interval=0,
+        socket_connect_timeout=CONNECT_S,
+        **options,
+    )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+class _Finder:
+    """Somebody to ask where to connect; connections to them last for one question."""
+
+    who: str
+
+    def __init__(self, addresses: tuple[Address, ...], *, within_s: float, **options: Any) -> None:
+        self._addresses = addresses
+        self._within_s = within_s
+        self._options = options
+        self._turn = 0
+
+    async def discover_master(self, name: str) -> Address:
+        """The address to connect to; the name of this method is redis-py's.
+
+        Raises:
+            redis.exceptions.ConnectionError: nobody could tell; the message has each one's answer.
+        """
+        # Another one first each time: one that was cut off from the rest goes on believing what it knew.
+        turn = self._turn % len(self._addresses)
+        self._turn += 1
+        errors: dict[Address, Exception] = {}
+        for host, port in self._addresses[turn:] + self._addresses[:turn]:
+            try:
+                async with asyncio.timeout(self._within_s), store.client(host=host, port=port, **self._options) as one:
+                    return await self._ask(one, name, host)
+            except Exception as error:  # noqa: BLE001 - whatever one's trouble is, the next one may know
+                errors[host, port] = error
+        self._gave_up(list(errors.values()))
+        told = "; ".join(f"{host}:{port}: {str(error) or 'no answer'}" for (host, port), error in errors.items())
+        raise redis.exceptions.ConnectionError(f"{self.who.format(name)}: {told}")
+
+    async def _ask(self, one: redis.asyncio.Redis, name: str, host: str) -> Address:
+        raise NotImplementedError
+
+    def _gave_up(self, errors: list[Exception]) -> None:
+        """Nobody could tell, for these reasons."""
+
+
+class _BehindError(LookupError):
+    """A Sentinel that has not heard of a failover another one told of."""
+
+
+class _Sentinels(_Finder):
+    """They know a primary by its name. Each failover has an epoch; who tells of an earlier one is not believed."""
+
+    who = "no Sentinel tells where the primary {!r} is"
+
+    _epoch = 0
+
+    async def _ask(self, one: redis.asyncio.Redis, name: str, _host: str) -> Address:
+        primaries: Any = await one.sentinel_masters()
+        # While it carries a failover out it still lists the old one, and answers with the new one.
+        answer: Any = await one.sentinel_get_master_addr_by_name(name)
+        known = primaries.get(name)
+        if known is None or answer is None:
+            raise LookupError("knows none of this name")
+        host, port = _text(answer[0]), answer[1]
+        if (known["ip"], known["port"]) == (host, port) and (known["is_sdown"] or known["is_odown"]):
+            raise LookupError("takes it for down")
+        epoch = int(known["config-epoch"])
+        if epoch < self._epoch:
+            raise _BehindError("has not heard of the last failover")
+        self._epoch = epoch
+        return host, port
+
+    def _gave_up(self, errors: list[Exception]) -> None:
+        if all(isinstance(error, _BehindError) for error in errors):
+            self._epoch = 0  # all of them were set up anew; the next attempt takes their word
+
+
+class _Nodes(_Finder):
+    """The nodes of a cluster know who owns a slot; where there is no cluster it is the one server."""
+
+    who = "no node of the cluster tells who owns slot {}"
+
+    _moved: Address | None = None
+
+    def __init__(self, seed: Address, *, within_s: float, **options: Any) -> None:
+        super().__init__((seed,), within_s=within_s, **options)
+        self._seed = seed
+
+    def moved(self, owner: Address) -> None:
+        """Take a node's word for who owns the slot, once: gossip may not have told the others yet."""
+        self._moved = owner
+
+    async def discover_master(self, name: str) -> Address:
+        if self._moved is not None:
+            owner, self._moved = self._moved, None
+            return owner
+        return await super().discover_master(name)
+
+    async def _ask(self, one: redis.asyncio.Redis, name: str, host: str) -> Address:
+        ask: Callable[..., Any] = one.execute_command
+        try:
+            ranges = await ask("CLUSTER", "SLOTS")
+        except redis.exceptions.ResponseError:  # no cluster, or not allowed to ask: then a MOVED tells
+            return self._seed
+        # A node that does not know its own name leaves it out: it is the one that was asked.
+        owners = [
+            (first, last, [(_text(node) or host, int(port)) for node, port, *_ in nodes])
+            for first, last, *nodes in ranges
+        ]
+        self._addresses = tuple(dict.fromkeys([self._seed, *(node for _, _, nodes in owners for node in nodes)]))
+        for first, last, nodes in owners:
+            if first <= int(name) <= last:
+                return nodes[0]
+        raise LookupError("knows no owner")
+
+
+def _text(name: bytes | None) -> str:
+    return "" if name in (None, b"?") else name.decode()
+
+
+class _NodeConnection(SentinelManagedConnection):
+    """To the owner of a slot; one that is not the owner any more, or cannot be, is left."""
+
+    async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().read_response(*args, **kwargs)
+        except redis.exceptions.MovedError as error:
+            self.connection_pool.sentinel_manager.moved((error.host or self.host, error.port))
+            await self.disconnect()
+            raise redis.exceptions.ConnectionError(f"the slot moved: {error}") from error
+        except redis.exceptions.ClusterDownError:
+            await self.disconnect()
+            raise
+
+
+class _NodeTlsConnection(_NodeConnection, SSLConnection):
+    """The same over TLS."""

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from typing import Any, TypeVar
 
+import redis.asyncio
 import structlog
 import uvloop
 
 from events.intake import Intake
+from events.journal import Journal
 from events.keys import Keys
+from events.store import UnavailableError
 from governor import logs
 from governor.actuator import Actuator, PendingNote
 from governor.binance import Binance
 from governor.connection import client, ledger_on, now
+from governor.durability import durability, identity, refusal
+from governor.history import Keeper
 from governor.http import Answer, HttpServer
+from governor.lease import Lease, new_owner
 from governor.metrics import Metrics
 from governor.notify import Notifier
 from governor.service import VERSION, Governor
@@ -28,6 +36,7 @@ log = structlog.get_logger("governor")
 
 STOP_S = 1.5
 """How long a stop waits for what is being decided."""
+RELEASE_S = 0.3
 THREAD_SWITCH_S = 0.0005
 """The default of 5 ms lets a scrape hold a permit up that long."""
 T = TypeVar("T")
@@ -56,11 +65,28 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     keys = Keys(settings.key_prefix)
     commits, reads = client(settings), client(settings)  # reads block, so they have a connection of their own
+    leases = client(settings, answer_s=settings.lease_s / 3) if settings.lease_s is not None else None
+    lease = (
+        Lease(leases, keys.lease, owner=new_owner(), seconds=settings.lease_s) if leases and settings.lease_s else None
+    )
     governor: Governor | None = None
 
+    keeper = Keeper(
+        lambda: Journal.open(
+            settings.journal_dir / _slug(settings.key_prefix),
+            key=settings.audit_key.encode() or None,
+            fsync=settings.journal_fsync,
+        ),
+        lambda: identity(commits),
+        permit_ttl_us=settings.policy.permit_ttl_us,
+        clock=now,
+        always=settings.journal_fsync == "always",
+        stands_by=lambda: governor is not None and governor.stands_by,
+    )
     ledger = ledger_on(
         commits,
         settings,
+        keeper=keeper,
         observe=lambda recorded, state: governor.observe(recorded, state) if governor is not None else None,
         turned=lambda: governor.beat() if governor is not None else None,
     )
@@ -81,6 +107,7 @@ async def serve(settings: Settings) -> None:
         notifier=notifier,
         clock=now,
         metrics=metrics,
+        lease=lease,
     )
     http = _listen(settings, loop, metrics, governor)
     stop = asyncio.Event()
@@ -96,7 +123,8 @@ async def serve(settings: Settings) -> None:
     )
     try:
         await _refuse_plain_prefix_on_cluster(commits, settings)
-        running = loop.create_task(governor.run(ready=lambda: _ready(notifier)))
+        accept = partial(_accept_server, commits, settings)
+        running = loop.create_task(governor.run(ready=lambda: _ready(notifier), accept=accept))
         stopping = loop.create_task(stop.wait())
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
         notifier.send(STOPPING="1")
@@ -110,11 +138,22 @@ async def serve(settings: Settings) -> None:
             raise error
         log.info("stopped", seq=ledger.state.seq)
     finally:
+        keeper.close()
         http.close()
         if exchange is not None:
             await exchange.aclose()
-        await commits.aclose()
-        await reads.aclose()
+        if lease is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RELEASE_S):
+                    await lease.release()
+        for connection in (commits, reads, leases):
+            if connection is not None:
+                await connection.aclose()
+
+
+def _slug(prefix: str) -> str:
+    """The account's directory in the journal's."""
+    return "".join(char if char.isalnum() or char in "-_" else f"%{ord(char):02x}" for char in prefix)
 
 
 def _exchange(settings: Settings, metrics: Metrics) -> Binance:
@@ -132,6 +171,28 @@ def _exchange(settings: Settings, metrics: Metrics) -> Binance:
         now=now,
         on_call=called,
     )
+
+
+async def _accept_server(connection: redis.asyncio.Redis, settings: Settings) -> None:
+    """Tell whether the server keeps what it is told, and refuse it where it has to and does not.
+
+    Raises:
+        SettingsError: GOV_REQUIRE_DURABLE is set, and it does not.
+    """
+    while True:
+        try:
+            found = await durability(connection)
+            break
+        except UnavailableError:
+            await asyncio.sleep(1.0)
+    for finding in found.findings:
+        if finding.verdict != "ok":
+            log.warning(
+                "the server may lose what it was told", what=finding.name, seen=finding.seen, wanted=finding.wanted
+            )
+    why = refusal(found, attested=settings.durability_attested)
+    if why is not None and settings.require_durable:
+        raise SettingsError(f"GOV_REQUIRE_DURABLE is true, expected a server that keeps what it is told: {why}")
 
 
 def _ready(notifier: Notifier) -> None:

@@ -35,9 +35,10 @@ from events.store import (
     UnavailableError,
     Write,
 )
-from events.types import Entry, Event, Head, PermitRevoked, Recorded
+from events.types import Entry, Event, Head, HistoryRestored, PermitRevoked, Recorded
 from governor import permits
 from governor.decider import correct_revoked
+from governor.history import Keeper, QuarantineError, UnjournaledError
 from projections import checkpoint, views
 from projections.state import State, evolve, initial
 
@@ -131,6 +132,13 @@ class _Draft:
         return Outcome(values, None)
 
 
+def _refuse(batch: Sequence[_Item], error: StoreError) -> None:
+    """Answer everybody who waits: nothing can be written, and nobody knows for how long."""
+    for item in batch:
+        if not item.done.done():
+            item.done.set_result(Outcome([], error))
+
+
 class Ledger:
     """State and commits over one event store.
 
@@ -142,6 +150,7 @@ class Ledger:
         observe: called with every event folded after `open`, and the state after it.
         turned: called each time the loop goes round, also while the server is away.
         sleep: waits between attempts while the server is away.
+        keeper: the daemon's journal, which only daemons have.
     """
 
     def __init__(
@@ -154,8 +163,10 @@ class Ledger:
         observe: Callable[[Recorded, State], None] = lambda _recorded, _state: None,
         turned: Callable[[], None] = lambda: None,
         sleep: Callable[[float], Any] = asyncio.sleep,
+        keeper: Keeper | None = None,
     ) -> None:
         self.store = store
+        self.keeper = keeper
         self.keys = keys
         self.state = initial()
         self.untold: str | None = None
@@ -184,13 +195,45 @@ class Ledger:
         Raises:
             StoreError: it cannot be read, or its chain does not hold.
         """
+        if self.keeper is not None:
+            await self.keeper.reconcile(self)
+        await self._open()
+
+    async def _open(self) -> None:
         observe, self._observe = self._observe, lambda _recorded, _state: None
         try:
             if self.state.seq == 0:
                 await self._take_checkpoint()
-            await self.catch_up(decoders=FOLDED)
+            try:
+                await self._read_on(decoders=FOLDED)
+            except HistoryError:
+                if self.keeper is None or self.state.seq == 0:
+                    raise
+                # The histories agree, so it is this state that knows too much: of events that reached neither disk.
+                log.warning("everything is folded again", seq=self.state.seq)
+                self.state = initial()
+                await self._read_on(decoders=FOLDED)
         finally:
             self._observe = observe
+
+    async def restored(self, event: HistoryRestored) -> None:
+        """The stream has back what it had lost: fold it, and tell, with the public keys.
+
+        Raises:
+            StoreError: it could not be done; it is to be tried again.
+        """
+        await self._open()
+        while True:
+            draft = _Draft(self.state, self._clock(), self.audit_key)
+            draft.add(_Item([lambda _state, _now: Proposal([event])], asyncio.get_running_loop().create_future()))
+            draft.writes += views.expected(draft.fork, self.keys, draft.now).values()
+            try:
+                await self._commit(draft)
+            except ConflictError:
+                await self._read_on()
+            else:
+                self._take(draft)
+                return
 
     async def _take_checkpoint(self) -> None:
         (value,) = await self.store.values(self.keys.snapshot)
@@ -220,16 +263,30 @@ class Ledger:
         self.checkpoint_seq = self.state.seq
         return len(value)
 
-    async def catch_up(self, *, decoders: Decoders = WHOLE) -> None:
-        """Fold what others committed.
-
-        Args:
-            decoders: `FOLDED` where nobody observes: what no fold looks at is then left out.
+    async def catch_up(self) -> None:
+        """Fold what others committed, once the histories were compared where that is due.
 
         Raises:
             HistoryError: the stream does not continue the state.
+            QuarantineError: it contradicts the journal.
             StoreError: it cannot be read.
         """
+        keeper = self.keeper
+        if keeper is None:
+            await self._read_on()
+            return
+        if keeper.due:
+            await keeper.reconcile(self)
+        elif keeper.quarantine is not None:
+            raise QuarantineError(keeper.quarantine)
+        try:
+            await self._read_on()
+        except HistoryError:
+            await keeper.reconcile(self)
+            await self._open()
+
+    async def _read_on(self, *, decoders: Decoders = WHOLE) -> None:
+        """Fold what is there. `FOLDED` decoders where nobody observes: what no fold looks at is then left out."""
         entries: list[Entry] = []
         async with contextlib.aclosing(pages(self.store, self.state.seq, size=PAGE)) as read:
             async for entries in read:
@@ -238,9 +295,11 @@ class Ledger:
                         self._fold(decode(entry, decoders))
                 except (chain.ChainError, ValueError) as error:
                     raise HistoryError(f"the event stream does not hold: {error}") from error
+                if self.keeper is not None:
+                    self.keeper.follow(entries)
         if not entries and self.state.seq and (head := await self.store.head()) != self._head():
             if head.seq > self.state.seq:
-                return await self.catch_up(decoders=decoders)
+                return await self._read_on(decoders=decoders)
             raise HistoryError(
                 f"the event stream ends at event {head.seq}, after event {self.state.seq} had been seen"
                 if head.seq != self.state.seq
@@ -302,7 +361,7 @@ class Ledger:
             while self._urgent:
                 batch = [self._urgent.popleft(), *batch]
             try:
-                if not fresh:
+                if not fresh or (self.keeper is not None and (self.keeper.due or self.keeper.quarantine is not None)):
                     await self.catch_up()
                 batch = await self._attempt(batch)
                 self._well()
@@ -315,8 +374,14 @@ class Ledger:
             except LateError:
                 with contextlib.suppress(StoreError):
                     self.skew_us = await self.store.clock() - self._clock()
+            except UnjournaledError:
+                await self._sleep(RETRY_S[0])  # asked again, they know that nothing may be granted
             except RequirementError:
                 raise  # pragma: no cover - _attempt hands it to the one who required it
+            except QuarantineError as error:
+                self._trouble(error)
+                _refuse(batch, error)
+                return
             except StoreError as error:
                 self._trouble(error)
                 if not patient:
@@ -326,12 +391,16 @@ class Ledger:
                 attempt += 1
 
     def _well(self) -> None:
+        if self.keeper is not None:
+            self.keeper.heard()
         # Reading well says nothing about writing: a refusal stands until something was written.
         if not self._refused:
             self.problem = None
 
     def _trouble(self, error: StoreError) -> None:
         self._refused = isinstance(error, RefusedError)
+        if self.keeper is not None and not self._refused and not isinstance(error, QuarantineError):
+            self.keeper.doubt()
         if self.problem != str(error):
             kind = {RefusedError: "refused", UnavailableError: "unavailable"}.get(type(error), "history")
             log.error("cannot commit", kind=kind, error=str(error))
@@ -357,8 +426,7 @@ class Ledger:
                     owner.done.set_exception(unmet)
                 return [item for item in batch if item is not owner]
             correction = self._correction(draft.written, gone)
-        for recorded in draft.written:
-            self._fold(recorded)
+        self._take(draft)
         for item, outcome in outcomes:
             if not item.done.done():
                 item.done.set_result(outcome)
@@ -378,10 +446,26 @@ class Ledger:
             grants=permits.grants(draft.written),
             not_after_us=draft.now + self.skew_us + GRANT_US,
         )
-        # A commit is never cancelled: its outcome would be unknown for no reason.
-        gone = await asyncio.shield(self.store.commit(commit))
+        keeper = self.keeper
+        if keeper is not None and commit.grants:
+            await keeper.intend(commit.expected, commit.entries)
+        try:
+            # A commit is never cancelled: its outcome would be unknown for no reason.
+            gone = await asyncio.shield(self.store.commit(commit))
+        except StoreError as error:
+            if keeper is not None and not isinstance(error, UnavailableError):
+                keeper.refused()
+            raise
+        if keeper is not None:
+            keeper.committed(commit.entries)
+            keeper.heard()
         self._refused = False
         return gone
+
+    def _take(self, draft: _Draft) -> None:
+        """What was committed becomes the state."""
+        for recorded in draft.written:
+            self._fold(recorded)
 
     def _correction(self, written: Sequence[Recorded], gone: frozenset[str]) -> list[_Item]:
         """Permits this commit revoked and did not find were consumed before: that comes next."""

@@ -17,7 +17,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from functools import partial
 from importlib.metadata import version
@@ -26,19 +26,20 @@ from typing import Any, Protocol
 import structlog
 
 from events.decimals import text
-from events.intake import GROUP, Delivery, Intake
+from events.intake import GROUP, Delivery, Intake, Lost
 from events.keys import Keys, day_of
 from events.store import Ack, Require, RequirementError, StoreError, Write
 from events.types import Decision, Event, Recorded, SettingsLoaded
-from governor import decider, disarming
+from governor import decider, disarming, permits
 from governor.actuator import Actuator, ActuatorError, PendingNote
 from governor.checkpointing import Checkpointer
 from governor.gates import Situation
+from governor.history import QuarantineError
+from governor.lease import Lease
 from governor.ledger import Ledger, Outcome, Proposal
 from governor.market import Market
 from governor.metrics import Metrics, Snapshot, snapshot_symbols
 from governor.notify import Notifier
-from governor.permits import TAKE_BACK_US
 from governor.plans import MalformedPlanError, Plan, entry_time, parse_plan
 from governor.results import parse_result
 from governor.settings import Settings
@@ -55,6 +56,7 @@ RUN_MOST = 32
 """Plans of one symbol put into one commit."""
 SWEEP_S = 0.1
 BEAT_S = 1.0
+SYNC_S = 0.25
 MARKET_FRESH_US = 5_000_000
 """Exchange data older than this at the moment of the decision is asked for again."""
 CLOCK_OFF_S = 5.0
@@ -97,12 +99,16 @@ class Governor:
         notifier: Notifier,
         clock: Callable[[], int],
         metrics: Metrics | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.settings = settings
+        self.lease = lease
         self.policy = settings.policy
         self.ledger = ledger
         self.keys: Keys = ledger.keys
         self.intake = intake
+        if intake is not None:  # tests go without
+            intake.on_lost = self._tell_lost
         self.exchange = exchange
         self.actuator = actuator
         self.note = note
@@ -116,32 +122,71 @@ class Governor:
         self._told = ("", 0.0)
         self._queues: dict[str, deque[Delivery]] = {}
         self._waiting = 0
-        self._reading = asyncio.Event()
+        self._settled = asyncio.Event()
+        """Reading plans, from the moment the results' group was made; or waiting for whoever does."""
+        self._lease_epoch = 0
+        self._reopen = False
+        """Whether what is pending has to be read again, because another one may have been given it."""
         self._room = asyncio.Event()
         self._room.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._workers: set[asyncio.Task[None]] = set()
         self._disarm_due = 0.0
         self._disarming: asyncio.Task[None] | None = None
+        self._announced = False
+        self._turned_away = False
+        """Whether plans were read that could not be decided; they are pending, and read again."""
         self._anchored: int | None = None
         """The day whose anchor was told."""
 
-    async def run(self, *, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until cancelled. Waits for Redis where it is away."""
+    async def run(
+        self, *, ready: Callable[[], None] = lambda: None, accept: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Serve until cancelled. Waits for Redis where it is away.
+
+        Args:
+            ready: called once plans are read, or somebody else does.
+            accept: looks at the server once it answers; raises where it is not to be used.
+        """
         await self._open()
+        if accept is not None:
+            await accept()
         async with asyncio.TaskGroup() as group:
             self._tasks.add(group.create_task(self.ledger.run()))
             if self.exchange is not None:
                 await self.exchange.warm_up()
                 self._tasks.add(group.create_task(self.exchange.keep_alive()))
-            await self._announce()
+            if self.lease is not None:
+                await self.lease.look()
+                self._tasks.add(group.create_task(self.lease.run(self._gained, self._lost)))
             await self._sweep_safely()
             self._tasks.add(group.create_task(self._sweep_for_ever()))
             self._tasks.add(group.create_task(self._stop_for_ever()))
             self._tasks.add(group.create_task(self._checkpointer().run()))
+            self._tasks.add(group.create_task(self._sync_for_ever()))
             self._tasks.add(group.create_task(self._read_for_ever()))
-            await self._reading.wait()  # results are read from the moment their group was made
+            await self._settled.wait()
             ready()
+
+    @property
+    def active(self) -> bool:
+        """Whether this is the one that reads plans; the others follow the events and wait."""
+        return self.lease is None or self.lease.held
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether somebody else is known to be active. A store that is away makes nobody a standby."""
+        return self.lease is not None and not self.lease.held and self.lease.owner_now not in (None, self.lease.owner)
+
+    def _gained(self) -> None:
+        epoch = self.lease.epoch if self.lease is not None else 0
+        log.warning("active", epoch=epoch)
+        self._reopen = True
+        if epoch != self._lease_epoch:  # somebody else's settings may have been in force
+            self._lease_epoch, self._announced = epoch, False
+
+    def _lost(self) -> None:
+        log.warning("standby", active=self.lease.owner_now if self.lease is not None else None)
 
     async def stop(self, within_s: float) -> None:
         """Read nothing more; let what is being decided be committed and a disarm be proven, within `within_s`."""
@@ -165,6 +210,9 @@ class Governor:
                 await self.ledger.open()
                 log.info("history read", seq=self.ledger.state.seq, checkpoint=self.ledger.checkpoint_seq)
                 return
+            except QuarantineError as error:
+                self.ledger.problem = str(error)
+                return
             except StoreError as error:
                 self.ledger.problem = str(error)
                 if str(error) != told:
@@ -174,6 +222,7 @@ class Governor:
                 await asyncio.sleep(1.0)
 
     async def _announce(self) -> None:
+        """Say under which settings decisions are made; told once, and first of all."""
         loaded = SettingsLoaded(
             digest=self.settings.digest,
             settings=self.settings.texts,
@@ -181,11 +230,12 @@ class Governor:
             version=VERSION,
             host=socket.gethostname(),
         )
-        await self.ledger.submit(lambda _state, _now: Proposal([loaded]))
+        outcome = await self.ledger.submit(lambda _state, _now: Proposal([loaded]))
+        self._announced = outcome.error is None
 
     def _checkpointer(self) -> Checkpointer:
         return Checkpointer(
-            lambda: self.ledger.state.seq,
+            lambda: self.ledger.state.seq if self.active else 0,
             written=self.ledger.checkpoint_seq,
             events=self.settings.checkpoint_events,
             seconds=self.settings.checkpoint_s,
@@ -199,10 +249,16 @@ class Governor:
         opened = False
         while not self.stopping:
             try:
+                if not self.active or not (self._announced or self.quarantine is not None):
+                    opened = self.following = opened and self.active
+                    await asyncio.sleep(SWEEP_S / 4)
+                    continue
+                if self._reopen or (self._turned_away and self.quarantine is None):
+                    self._reopen = self._turned_away = opened = False
                 if not opened:
                     await self.intake.open()
                     opened = self.following = True
-                    self._reading.set()
+                    self._settled.set()
                 await self._room.wait()
                 deliveries = await self.intake.read(count=READ_MOST, block_s=0.5)
                 wait = 0.05
@@ -219,6 +275,16 @@ class Governor:
                     self._enqueue(delivery)
             if results:
                 self._begin(self._settle_results(results), len(results))
+
+    async def _tell_lost(self, lost: Lost) -> None:
+        """Plans that were trimmed unread become an event before anything behind them is read."""
+        outcome = await self.ledger.submit(partial(self._propose_lost, lost))
+        if outcome.error is not None:
+            raise outcome.error
+
+    def _propose_lost(self, lost: Lost, state: State, now: int) -> Proposal:
+        missing = lost.untold(entry_id for entry_id, _ in state.entries.items())
+        return Proposal(decider.lose(state, (lost.marker,), self.policy, now, count=missing))
 
     def _enqueue(self, delivery: Delivery) -> None:
         symbol = (delivery.fields or {}).get("symbol", "")
@@ -270,6 +336,9 @@ class Governor:
             for _ in range(done):
                 queue.popleft()
             self._give_room(done)
+            if isinstance(outcome.error, QuarantineError):
+                await self._turn_away(queue)
+                continue
             if done:
                 market = failed = None
             ask = isinstance(outcome.error, decider.MarketNeededError) and not done
@@ -278,6 +347,23 @@ class Governor:
             elif outcome.error is not None and not isinstance(outcome.error, decider.MarketNeededError):
                 failed = self._after_failure(queue, outcome.error, failed if not done else None)
         del self._queues[symbol]
+
+    async def _turn_away(self, queue: deque[Delivery]) -> None:
+        """Block plans without a word in the stream, which is not ours to write. They stay pending, for later."""
+        self._turned_away = True
+        now = self.clock()
+        writes = []
+        for delivery in queue:
+            with contextlib.suppress(MalformedPlanError):
+                plan = self._parse(delivery, now)
+                if plan.execute:
+                    record = permits.block("quarantined", at=now, symbol=plan.symbol)
+                    writes.append(Write("set", self.keys.block(plan.plan_id), (record,), permits.BLOCK_MS))
+        log.error("plans turned away", count=len(queue), why=self.quarantine)
+        self._give_room(len(queue))
+        queue.clear()
+        with contextlib.suppress(StoreError):
+            await self.ledger.store.write(writes)
 
     def _after_failure(self, queue: deque[Delivery], error: Exception, before: Exception | None) -> Exception | None:
         """What the plan at the head is blocked with. One that cannot even be blocked stays pending, and is told."""
@@ -309,9 +395,15 @@ class Governor:
             delivery.fields or {}, entry_id=delivery.entry_id, now=now, needs_close_qty=not self.policy.credentials
         )
 
+    @property
+    def quarantine(self) -> str | None:
+        """Why nothing can be decided, if it cannot."""
+        return self.ledger.keeper.quarantine if self.ledger.keeper is not None else None
+
     def _situation(self, now: int) -> Situation:
         halt = self.ledger.halted or os.path.lexists(self.note.path)
-        return Situation(now=now, apply_mode=self.actuator.apply_mode(), halt=halt)
+        history = self.ledger.keeper.verdict if self.ledger.keeper is not None else "whole"
+        return Situation(now=now, apply_mode=self.actuator.apply_mode(), halt=halt, history=history)
 
     def _propose(
         self,
@@ -355,6 +447,10 @@ class Governor:
         while proposals:
             outcome = await self.ledger.submit(*proposals[:RUN_MOST])
             done = len(outcome.values)
+            if isinstance(outcome.error, QuarantineError):
+                self._turned_away = True
+                self._give_room(len(proposals))
+                return
             if outcome.error is not None:
                 log.error("a result could not be matched", exc_info=outcome.error)
                 done += 1
@@ -371,6 +467,12 @@ class Governor:
 
     # -- what time and others bring ------------------------------------------------------------------------------
 
+    async def _sync_for_ever(self) -> None:
+        """What the journal was told reaches the disk within a second."""
+        while self.ledger.keeper is not None:
+            await self.ledger.keeper.sync()
+            await asyncio.sleep(SYNC_S)
+
     async def _sweep_for_ever(self) -> None:
         while True:
             await self._sweep_safely()
@@ -386,6 +488,13 @@ class Governor:
 
     async def _sweep(self) -> None:
         await self.ledger.refresh()
+        if self.quarantine is not None:
+            return
+        if not self.active:
+            self._settled.set()
+            return
+        if not self._announced:
+            await self._announce()
         await self._end_permits()
         await self._end_throttle()
         (state,) = await self.ledger.store.values(self.keys.state)
@@ -418,11 +527,16 @@ class Governor:
         self.ledger.halted = await self.ledger.store.exists(self.keys.halt)
         if self.ledger.halted:
             (value,) = await self.ledger.store.values(self.keys.halt)
-            await self._brake(value or b"")
+            if self.active:
+                await self._brake(value or b"")
 
     async def _end_permits(self) -> None:
         now = self.clock()
-        due = [plan_id for plan_id, held in self.ledger.state.permits.items() if now >= held.expires_us - TAKE_BACK_US]
+        due = [
+            plan_id
+            for plan_id, held in self.ledger.state.permits.items()
+            if now >= held.expires_us - permits.TAKE_BACK_US
+        ]
         if due:
             there = await self.ledger.store.values(*map(self.keys.permit, due))
             ends = (self._end_permit(plan_id, gone=held is None) for plan_id, held in zip(due, there, strict=True))
@@ -475,7 +589,7 @@ class Governor:
             log.error("the note of a disarm cannot be removed", path=str(self.note.path), error=str(error))
 
     def _begin_disarm(self) -> None:
-        if disarming.pending(self.ledger.state) is None:
+        if disarming.pending(self.ledger.state) is None or self.stands_by:
             self._disarm_due = 0.0
         elif self._disarming is None and time.monotonic() >= self._disarm_due:
             self._disarming = asyncio.get_running_loop().create_task(self._disarm())
@@ -500,6 +614,8 @@ class Governor:
         """Told of every event once it is folded. What has to be done comes before what has to be told."""
         if state.mode.state == DISARMED and recorded.event.NAME == "DISARM_STARTED":
             self._begin_disarm()
+        if not self.active:
+            return  # whoever is tells it
         if self.metrics is not None:
             self.metrics.observe(recorded, self.clock())
         event = recorded.event
@@ -519,7 +635,9 @@ class Governor:
         """Tell systemd and the metrics that the evaluation loop went round."""
         self.loop_at = self.clock()
         mode = self.ledger.state.mode
-        told = status or f"{mode.state} epoch={mode.epoch}" + (f" reason={mode.reason}" if mode.reason else "")
+        told = status or ("" if self.active else "standby, ") + f"{mode.state} epoch={mode.epoch}" + (
+            f" reason={mode.reason}" if mode.reason else ""
+        )
         if self.ledger.problem is not None and status is None:
             told += f"; {self.ledger.problem}"
         if told != self._told[0] or time.monotonic() - self._told[1] >= BEAT_S:
@@ -530,9 +648,19 @@ class Governor:
         """Whether plans are being decided, and why not."""
         mode = self.ledger.state.mode
         problems = [
-            p for p in (self.ledger.problem, None if self.following else "the plan stream is not followed") if p
+            p
+            for p in (
+                self.ledger.problem,
+                None if self.following or not self.active else "the plan stream is not followed",
+            )
+            if p
         ]
         notes = []
+        if (keeper := self.ledger.keeper) is not None:
+            problems += [why for why in (keeper.quarantine, keeper.behind) if why is not None and why not in problems]
+            hold_s = (max(keeper.hold_until_us, self.ledger.state.hold_until) - self.clock()) / 1e6
+            if hold_s > 0:
+                notes.append(f"no permits for {hold_s:.0f} s more: what was granted before may still be alive")
         skew_s = self.ledger.skew_us / 1e6
         if abs(skew_s) > CLOCK_OFF_S:
             notes.append(f"this clock is {abs(skew_s):.1f} s {'behind' if skew_s > 0 else 'ahead of'} Redis'")
@@ -541,9 +669,12 @@ class Governor:
             notes.append(f"exchange calls are held back for {(held_back - self.clock()) / 1e6:.0f} s more")
         if self.ledger.untold is not None:
             notes.append(f"an event could not be told: {self.ledger.untold}")
+        if self.lease is not None and not self.active:
+            notes.append(f"standby: {self.lease.owner_now or 'nobody'} is active")
         known = self.ledger.state.seq > 0
         content = {
             "ready": not problems,
+            "active": self.active,
             "problems": problems,
             "notes": notes,
             "state": mode.state if known else None,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from re import compile as regex
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -22,6 +22,7 @@ from governor.hosts import TESTNET, check_base_url
 from governor.policy import Policy
 
 _unit = regex(r"[A-Za-z0-9@_.:\\][A-Za-z0-9@_.:\\-]{0,254}").fullmatch
+_host = regex(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]").fullmatch
 _symbol = regex(r"[A-Z0-9_]{1,32}").fullmatch
 
 
@@ -50,6 +51,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis_username: str
     redis_password: str
     redis_tls: bool
+    redis_sentinels: tuple[tuple[str, int], ...]
+    """Host and port of each; none: `redis_host` is the server."""
+    redis_sentinel_name: str
+    require_durable: bool
+    durability_attested: bool
     key_prefix: str
     apply_config_path: Path
     apply_service: str
@@ -65,7 +71,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str
     log_level: str
     symbol_labels: int
+    journal_dir: Path
+    journal_fsync: Literal["interval", "always"]
     archive_dir: Path
+    lease_s: float | None
+    """Seconds within which a standby takes over; None: no lease, every governor reads plans."""
     checkpoint_events: int | None
     """Events after which a checkpoint is written; None: never."""
     checkpoint_s: float | None
@@ -115,6 +125,11 @@ def _labels(value: str) -> int:
     return number
 
 
+def _lease_s(value: str) -> float | None:
+    micros = policy.seconds("0.5", "60", off=True)(value)
+    return None if micros is None else micros / 1_000_000
+
+
 def _checkpoint_s(value: str) -> float | None:
     micros = policy.seconds("1", "86400", off=True)(value)
     return None if micros is None else micros / 1_000_000
@@ -133,6 +148,20 @@ def _word(value: str) -> str:
     if not value or any(c.isspace() for c in value):
         raise ValueError("a name without spaces")
     return value
+
+
+def _addresses(value: str) -> tuple[tuple[str, int], ...]:
+    return tuple(_address(part) for part in value.split(",")) if value else ()
+
+
+def _address(value: str) -> tuple[str, int]:
+    host, _, port = value.rpartition(":")
+    try:
+        if _host(host):
+            return host.strip("[]"), _port(port)
+    except ValueError:
+        pass
+    raise ValueError("host:port, several separated by commas")
 
 
 def _service(value: str) -> str:
@@ -164,6 +193,13 @@ TABLE: tuple[Row, ...] = (
     Row("REDIS_USERNAME", "", "ACL user, if the server asks for one.", "redis_username"),
     Row("REDIS_PASSWORD", "", "Its password.", "redis_password", secret=True),
     Row("REDIS_TLS", "false", "Whether to speak TLS to it.", "redis_tls", policy.flag),
+    Row("REDIS_SENTINELS", "", "Sentinels that know where the primary is; then REDIS_HOST and REDIS_PORT are not used. "
+        "REDIS_TLS counts for them too; they are asked without a password.", "redis_sentinels", _addresses),
+    Row("REDIS_SENTINEL_NAME", "mymaster", "What they call it.", "redis_sentinel_name", _word),
+    Row("GOV_REQUIRE_DURABLE", "false", "Whether a start is refused on a server that does not keep what it is told: "
+        "AOF off, or an eviction policy other than noeviction.", "require_durable", policy.flag),
+    Row("GOV_DURABILITY_ATTESTED", "false", "The operator vouches for what the server does not tell, as managed ones "
+        "that forbid CONFIG. What it tells is judged all the same.", "durability_attested", policy.flag),
     Row("GOV_KEY_PREFIX", "quantum", "First part of every key: the account's namespace. `{quantum}` for a cluster.",
         "key_prefix", _word),
     Row("GOV_MAX_EXEC_PER_HOUR", "3", "Executions of one symbol in any rolling hour."),
@@ -196,9 +232,16 @@ TABLE: tuple[Row, ...] = (
     Row("GOV_ALLOW_MAINNET", "false", "Allows the mainnet host.", "allow_mainnet", policy.flag),
     Row("GOV_AUDIT_KEY", "", "Key of the event chain: with it, nobody without it can rebuild the chain.", "audit_key",
         secret=True),
+    Row("GOV_JOURNAL_DIR", "", "Where the daemon keeps its own copy of the events. Empty: `journal` in "
+        "`$STATE_DIRECTORY`, else in `~/.local/state/quantum-governor`.", "journal_dir", _directory),
+    Row("GOV_JOURNAL_FSYNC", "interval", "`interval`: on disk within a second, a killed process loses nothing. "
+        "`always`: what is about to be permitted is on disk before, for Redis on another machine.", "journal_fsync",
+        _choice("interval", "always")),
     Row("GOV_ARCHIVE_DIR", "", "Where `governor archive` keeps its files, and every reader looks for what the stream "
         "no longer has. Empty: `archive` in `$STATE_DIRECTORY`, else in `~/.local/state/quantum-governor`.",
         "archive_dir", _directory),
+    Row("GOV_LEASE_SEC", "3", "Of several governors one is active; within this time of its end a standby takes over. "
+        "off: all of them read plans.", "lease_s", _lease_s),
     Row("GOV_CHECKPOINT_EVENTS", "10000", "Events after which the daemon has a checkpoint written; a start reads the "
         "events behind it.", "checkpoint_events", policy.whole(10, 100_000_000, off=True)),
     Row("GOV_CHECKPOINT_SEC", "900", "Seconds after which it does so where fewer happened.", "checkpoint_s",
@@ -225,6 +268,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     given = {row.name: environ.get(row.name, row.default) for row in TABLE} | credentials
     fields = {row.field: _read(row, given[row.name]) for row in TABLE if row.field is not None}
     fields["archive_dir"] = archive = fields["archive_dir"] or state_directory(environ) / "archive"
+    fields["journal_dir"] = journal = fields["journal_dir"] or state_directory(environ) / "journal"
     fields["base_url"] = base_url(given["BINANCE_BASE_URL"], allow_mainnet=fields["allow_mainnet"])
     has_credentials = bool(given["BINANCE_TESTNET_API_KEY"] and given["BINANCE_TESTNET_API_SECRET"])
     texts = {name: given[name] for name in policy.DEFAULTS if name in given}
@@ -240,13 +284,15 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         texts=texts,
         symbol_texts=by_symbol,
         digest=policy.digest(texts, by_symbol),
-        effective={row.name: _masked(row, given[row.name]) for row in TABLE} | {"GOV_ARCHIVE_DIR": str(archive)},
+        effective={row.name: _masked(row, given[row.name]) for row in TABLE}
+        | {"GOV_ARCHIVE_DIR": str(archive), "GOV_JOURNAL_DIR": str(journal)},
         warnings=tuple(_warnings(environ, credentials)),
     )
 
 
-STOPPING = ("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_USERNAME", "REDIS_PASSWORD", "REDIS_TLS", "GOV_KEY_PREFIX",
-            "APPLY_CONFIG_PATH", "APPLY_SERVICE", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT")  # fmt: skip
+STOPPING = ("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_USERNAME", "REDIS_PASSWORD", "REDIS_TLS", "REDIS_SENTINELS",
+            "REDIS_SENTINEL_NAME", "GOV_KEY_PREFIX", "APPLY_CONFIG_PATH", "APPLY_SERVICE", "GOV_AUDIT_KEY",
+            "GOV_LOG_FORMAT")  # fmt: skip
 """What a stop by hand needs: nothing else that is wrong may keep a person from it."""
 
 

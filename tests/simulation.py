@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, NoReturn
 import redis.exceptions
 
 from events.codec import decode
-from events.intake import GROUP, Intake
+from events.intake import GROUP, SHA, Intake
 from events.keys import Keys
 from events.store import Commit, MemoryStore, RefusedError, StoreError, UnavailableError, Write
 from events.types import (
@@ -735,7 +735,8 @@ class Group:
 
     def __init__(self, position: int) -> None:
         self.position = position
-        self.pending: dict[str, None] = {}
+        self.pending: dict[str, float] = {}
+        """When each was delivered."""
 
 
 class Server:
@@ -809,10 +810,21 @@ class Server:
                     group.position += 1
                     if entries[entry_id] is not None:
                         ids.append(entry_id)
-                group.pending.update(dict.fromkeys(ids))
+            group.pending.update(dict.fromkeys(ids, self.world.loop.now))
             if ids or after != ">":
                 reply.append((stream, [(entry_id, entries[entry_id]) for entry_id in ids]))
         return reply
+
+    def pending(self, stream: str, start: str, count: int) -> list[dict[str, Any]]:
+        """XPENDING: ids and how long ago each was delivered, in milliseconds."""
+        group = self.groups.get(stream)
+        if group is None:
+            raise redis.exceptions.ResponseError(f"NOGROUP No such key '{stream}' or consumer group '{GROUP}'")
+        rank = {entry_id: number for number, entry_id in enumerate(self.order[stream])}
+        after = rank.get(start.removeprefix("("), -1)
+        ids = [each for each in sorted(group.pending, key=rank.__getitem__) if rank[each] > after][:count]
+        now = self.world.loop.now
+        return [{"message_id": each, "time_since_delivered": (now - group.pending[each]) * 1000} for each in ids]
 
     def consume(self, plan_id: str, symbol: str) -> dict[str, Any] | str:
         """What `governor/consume.lua` does: one step, the permit or why not."""
@@ -974,8 +986,21 @@ class SimulatedRedis:
         self._link = link
         self._server = link.world.server
 
-    async def xgroup_create(self, stream: str, _group: str, *, id: str, mkstream: bool) -> None:  # noqa: A002
-        await self._link.call("xgroup", lambda: self._server.create_group(stream, id))
+    async def evalsha(self, script: str, _keys: int, stream: str, *arguments: str | int) -> Any:
+        """The scripts of `events.intake`; nothing is ever trimmed unread here."""
+        if script == SHA["create"]:
+            return await self._link.call("xgroup", lambda: self._server.create_group(stream, str(arguments[1])))
+        count = int(arguments[3])
+        reply = await self._link.call("xreadgroup", lambda: self._server.deliver({stream: ">"}, count))
+        return ["OK", *(reply[0][1] if reply else [])]
+
+    async def xpending_range(
+        self, stream: str, _group: str, start: str, _end: str, count: int, _consumer: str
+    ) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = await self._link.call(
+            "xpending", lambda: self._server.pending(stream, start, count)
+        )
+        return rows
 
     async def xreadgroup(
         self, _group: str, _consumer: str, wanted: dict[str, str], *, count: int, block: int | None = None
@@ -1313,7 +1338,11 @@ class World:
         governor = process.governor = Governor(
             self.settings,
             ledger=the_ledger,
-            intake=Intake(SimulatedRedis(link), {KEYS.plans: "0", KEYS.results: "$"}),  # type: ignore[arg-type]
+            intake=Intake(
+                SimulatedRedis(link),  # type: ignore[arg-type]
+                {KEYS.plans: "0", KEYS.results: "$"},
+                clock=self.loop.time,
+            ),
             exchange=self.exchange if self.settings.credentials else None,
             actuator=self.host,  # type: ignore[arg-type]
             note=self.host,  # type: ignore[arg-type]

@@ -15,6 +15,10 @@ DEFAULTS: dict[str, str] = {
     "REDIS_USERNAME": "",
     "REDIS_PASSWORD": "",
     "REDIS_TLS": "false",
+    "REDIS_SENTINELS": "",
+    "REDIS_SENTINEL_NAME": "mymaster",
+    "GOV_REQUIRE_DURABLE": "false",
+    "GOV_DURABILITY_ATTESTED": "false",
     "GOV_KEY_PREFIX": "quantum",
     "GOV_MAX_EXEC_PER_HOUR": "3",
     "GOV_MAX_EXEC_PER_5MIN": "2",
@@ -45,6 +49,8 @@ DEFAULTS: dict[str, str] = {
     "METRICS_PORT": "8044",
     "GOV_LOG_FORMAT": "",
     "GOV_LOG_LEVEL": "INFO",
+    "GOV_JOURNAL_FSYNC": "interval",
+    "GOV_LEASE_SEC": "3",
 }
 """The contract's names and what they are when nobody sets them."""
 LIMITS = (
@@ -63,7 +69,8 @@ MAY_BE_OFF = (
 )
 MAY_BE_EMPTY = (
     *("REDIS_USERNAME", "REDIS_PASSWORD", "GOV_LIMITS_FILE", "GOV_FALLBACK_QTY", "BINANCE_TESTNET_API_KEY"),
-    *("BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT", "GOV_ARCHIVE_DIR"),
+    *("BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT", "REDIS_SENTINELS", "GOV_ARCHIVE_DIR"),
+    "GOV_JOURNAL_DIR",
 )
 SECRETS = ("REDIS_PASSWORD", "BINANCE_TESTNET_API_KEY", "BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY")
 
@@ -106,6 +113,8 @@ def test_without_any_variable_everything_has_its_default() -> None:
     settings = load({})
     assert (settings.redis_host, settings.redis_port, settings.redis_db) == ("localhost", 6379, 0)
     assert (settings.redis_username, settings.redis_password, settings.redis_tls) == ("", "", False)
+    assert (settings.redis_sentinels, settings.redis_sentinel_name) == ((), "mymaster")
+    assert (settings.require_durable, settings.durability_attested) == (False, False)
     assert (settings.key_prefix, settings.audit_key, settings.limits_file) == ("quantum", "", "")
     assert settings.apply_config_path == Path("/etc/quantum/apply-layer.env")
     assert settings.apply_service == "quantum-apply-layer.service"
@@ -127,6 +136,10 @@ def test_every_variable_reaches_its_field(tmp_path: Path) -> None:
             "REDIS_USERNAME": "governor",
             "REDIS_PASSWORD": "word",
             "REDIS_TLS": "TRUE",
+            "REDIS_SENTINELS": "one:26379,10.0.0.2:26380,[::1]:1",
+            "REDIS_SENTINEL_NAME": "bot",
+            "GOV_REQUIRE_DURABLE": "True",
+            "GOV_DURABILITY_ATTESTED": "true",
             "GOV_KEY_PREFIX": "{quantum}",
             "GOV_LIMITS_FILE": str(file),
             "APPLY_CONFIG_PATH": "/tmp/x.env",  # noqa: S108 - nothing is written there
@@ -146,6 +159,9 @@ def test_every_variable_reaches_its_field(tmp_path: Path) -> None:
     )
     assert (settings.redis_host, settings.redis_port, settings.redis_db) == ("redis.internal", 6380, 7)
     assert (settings.redis_username, settings.redis_password, settings.redis_tls) == ("governor", "word", True)
+    assert settings.redis_sentinels == (("one", 26379), ("10.0.0.2", 26380), ("::1", 1))
+    assert settings.redis_sentinel_name == "bot"
+    assert (settings.require_durable, settings.durability_attested) == (True, True)
     assert (settings.key_prefix, settings.audit_key, settings.limits_file) == ("{quantum}", "audit", str(file))
     assert settings.apply_config_path == Path("/tmp/x.env")  # noqa: S108 - nothing is written there
     assert settings.apply_service == "another.service"
@@ -194,6 +210,14 @@ def test_every_variable_of_a_decision_reaches_the_policy(name: str, text: str, v
         ("REDIS_PORT", ["0", "65536", "-1", "6379.0", "six", "+1", "\uff11"], "a whole number from 1 to 65535"),
         ("REDIS_DB", ["-1", "x", "1000001"], "a whole number from 0 to 1000000"),
         ("REDIS_TLS", ["yes", "1", "on", " true"], "true or false"),
+        (
+            "REDIS_SENTINELS",
+            ["one", "one:", ":26379", "one:0", "one:26379,", "one:26379, two:26379", "one:26379;two:26379", "a b:1"],
+            "host:port, several separated by commas",
+        ),
+        ("REDIS_SENTINEL_NAME", ["", "a b"], "a name without spaces"),
+        ("GOV_REQUIRE_DURABLE", ["yes", "1"], "true or false"),
+        ("GOV_DURABILITY_ATTESTED", ["yes", "1"], "true or false"),
         ("GOV_KEY_PREFIX", ["", "a b", "a\n"], "a name without spaces"),
         (
             "GOV_MAX_EXEC_PER_HOUR",
@@ -319,7 +343,7 @@ def test_every_unknown_name_is_warned_about_and_names_of_others_are_not() -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_known_name_is_not_warned_about(name: str) -> None:
-    value = "/x" if name == "GOV_ARCHIVE_DIR" else DEFAULTS.get(name, "200")
+    value = DEFAULTS.get(name, "/x" if name.endswith("_DIR") else "200")
     assert load({name: value}).warnings == ()
 
 
@@ -553,8 +577,14 @@ def test_limits_of_a_symbol_change_the_digest(tmp_path: Path) -> None:
 )
 def test_no_other_variable_changes_the_digest(tmp_path: Path, name: str) -> None:
     other = {"GOV_LIMITS_FILE": "", "GOV_LOG_LEVEL": "ERROR", "BINANCE_BASE_URL": "https://demo-fapi.binance.com"}
-    switched = {"REDIS_TLS": "true", "GOV_ALLOW_MAINNET": "true", "GOV_LOG_FORMAT": "json"}
-    switched |= dict.fromkeys(("APPLY_CONFIG_PATH", "GOV_ARCHIVE_DIR"), "/x")
+    switched = {
+        "REDIS_TLS": "true",
+        "GOV_ALLOW_MAINNET": "true",
+        "GOV_LOG_FORMAT": "json",
+        "GOV_JOURNAL_FSYNC": "always",
+    }
+    switched |= {"REDIS_SENTINELS": "one:1", "GOV_REQUIRE_DURABLE": "true", "GOV_DURABILITY_ATTESTED": "true"}
+    switched |= dict.fromkeys(("APPLY_CONFIG_PATH", "GOV_ARCHIVE_DIR", "GOV_JOURNAL_DIR"), "/x")
     assert load({name: (other | switched).get(name, "17")}).digest == load({}).digest
 
 
@@ -607,3 +637,13 @@ def test_files_are_kept_where_systemd_says_else_below_the_users_home() -> None:
     given = load({"STATE_DIRECTORY": "/var/lib/g", "GOV_ARCHIVE_DIR": "/srv/archive"})
     assert given.archive_dir == Path("/srv/archive")
     assert given.effective["GOV_ARCHIVE_DIR"] == "/srv/archive"
+
+
+def test_a_stop_by_hand_finds_the_server_the_daemon_is_on() -> None:
+    environ = {name: "true" if name == "REDIS_TLS" else "17" for name in NAMES if name.startswith("REDIS_")}
+    environ |= {"REDIS_SENTINELS": "one:26379", "GOV_KEY_PREFIX": "{bot}"}
+    whole, stopping = load(environ), load_for_stop(environ | {"GOV_MAX_EXEC_PER_HOUR": "wrong"})
+    for row in TABLE:
+        if row.name.startswith("REDIS_") or row.name == "GOV_KEY_PREFIX":
+            assert row.field is not None
+            assert getattr(stopping, row.field) == getattr(whole, row.field) != getattr(load({}), row.field), row.name

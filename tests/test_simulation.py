@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -132,7 +133,7 @@ def forget_to_try_again(patch: pytest.MonkeyPatch) -> None:
     ("broken", "promise", "within"),
     [
         (forget_the_head, "no gap", 5),
-        (forget_the_brake, "no permit once the brake is set", 40),
+        (forget_the_brake, "no permit once the brake is set", 120),
         (forget_the_plans, "a result is matched to its permit", 40),
         (forget_to_revoke, "no permit while DISARMED", 40),
         (forget_what_a_client_took, "what a client took is not given back", 120),
@@ -164,7 +165,7 @@ def test_a_failing_seed_is_told_with_the_command_that_tells_it_again(
     assert "breaks a promise at step" in printed
     assert "promise: no gap" in printed
     again = next(line.split("tests.simulation ")[1] for line in printed.splitlines() if "again:" in line)
-    assert again == "--seed 0 --trace"
+    assert re.fullmatch(r"--seed \d+ --trace", again)
     assert main(again.split()) == 1
     story = capsys.readouterr().out
     assert "VIOLATION: no gap" in story

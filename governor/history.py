@@ -1,0 +1,362 @@
+"""Holds the stream to the daemon's own journal: what got lost comes back, what contradicts it stops the permits.
+
+    found                                   what follows
+    both end alike                          go on
+    the journal is the stream's beginning   it takes over what others wrote
+    the stream is the journal's beginning   what is missing is written back, public keys too, permits never; then a hold
+    neither                                 quarantine, until a person accepts the stream's history
+
+It looks when it is due: at the start, after anything that may have been another server or another history, and once
+a second while something is wrong. A commit that grants waits for that, and has its events in the journal before it is
+sent. A server that is another one than before holds permits back for one permit's life: what it never heard of may
+have been granted by the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from events.codec import CodecError, decode
+from events.journal import DiskError, Journal, JournalError, Relation, compare, settle
+from events.store import Commit, ConflictError, EventStore, StoreError, UnavailableError
+from events.types import Entry, Head, HistoryAccepted, HistoryRestored
+from governor.durability import Server, changed
+from projections.state import initial
+
+if TYPE_CHECKING:
+    from governor.ledger import Ledger
+
+log = structlog.get_logger("governor.history")
+
+LOOK_US = 1_000_000
+"""How often it is looked again while something is wrong."""
+PATIENCE_US = 5_000_000
+"""How long a standby leaves it to the active one to write back what the stream lost."""
+BATCH = 500
+ACCEPTED_WITHIN = 5000
+"""A person's acceptance is looked for among this many of the stream's last events."""
+REMEMBERED = "server.json"
+
+
+class QuarantineError(StoreError):
+    """The stream's history and the journal's contradict each other: nothing is written."""
+
+
+class UnjournaledError(StoreError):
+    """The journal cannot take what a commit is about to grant, so it is not sent."""
+
+
+class Keeper:
+    """One daemon's journal beside one event store.
+
+    Args:
+        open_journal: takes a slot. Raises JournalError.
+        identify: asks which server this is. Raises StoreError when it does not answer.
+        permit_ttl_us: life of a permit, microseconds: how long a hold lasts.
+        clock: microseconds since the epoch.
+        always: whether an intent is to be on disk before its commit is sent, which is waited for in a thread.
+        stands_by: whether another governor is active. Its journal may know more, so it goes first.
+    """
+
+    def __init__(
+        self,
+        open_journal: Callable[[], Journal],
+        identify: Callable[[], Awaitable[Server]],
+        *,
+        permit_ttl_us: int,
+        clock: Callable[[], int],
+        always: bool = False,
+        stands_by: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.journal: Journal | None = None
+        """None until it could be opened."""
+        self.quarantine: str | None = None
+        """Why nothing may be written; None when the histories agree."""
+        self.hold_until_us = 0
+        """No permits before this time, because the server is another one."""
+        self.behind: str | None = None
+        """Why the journal cannot take what happens; None when it could, the last time."""
+        self._open_journal = open_journal
+        self._identify = identify
+        self._ttl_us = permit_ttl_us
+        self._clock = clock
+        self._always = always
+        self._stands_by = stands_by
+        self._lost_us: int | None = None
+        """Since when it is known that the stream lost events."""
+        self._due = True
+        self._next_us = 0
+        self._server: Server | None = None
+        self._heard_us = 0
+        """When the server answered the last time."""
+
+    @property
+    def due(self) -> bool:
+        """Whether the histories have to be compared before anything is granted."""
+        wrong = self.quarantine is not None or self.behind is not None
+        return (self._due or wrong) and self._clock() >= self._next_us
+
+    @property
+    def verdict(self) -> str:
+        """Input of the first gate: `whole`, `quarantined` or `history_hold`."""
+        if self.quarantine is not None or self.behind is not None:
+            return "quarantined"
+        return "history_hold" if self._clock() < self.hold_until_us else "whole"
+
+    def doubt(self) -> None:
+        """Something may be another server or another history: look before the next commit."""
+        self._due, self._next_us = True, 0
+
+    def heard(self) -> None:
+        """The server answered just now."""
+        self._heard_us = self._clock()
+
+    # -- around a commit -----------------------------------------------------------------------------------------
+
+    async def intend(self, expected: Head, entries: Sequence[Entry]) -> None:
+        """Write down what is about to be granted.
+
+        Raises:
+            UnjournaledError: it cannot be.
+        """
+        server = self._server.run_id if self._server is not None else ""
+        try:
+            journal = self._opened()
+            if self._always:
+                await asyncio.to_thread(journal.intend, expected, entries, server)
+            else:
+                journal.intend(expected, entries, server)
+        except JournalError as error:
+            self._failed(error)
+            raise UnjournaledError(str(error)) from error
+
+    def committed(self, entries: Sequence[Entry]) -> None:
+        """These are in the stream now."""
+        if not entries or self.journal is None:
+            return
+        try:
+            if self.journal.dangling is not None:
+                self.journal.committed(Head(entries[-1].seq, entries[-1].hash))
+            else:
+                self.journal.append(entries)
+        except JournalError as error:
+            self._failed(error)
+
+    def refused(self) -> None:
+        """Nothing was written: the intent, if there is one, did not happen."""
+        if self.journal is not None and self.journal.dangling is not None:
+            try:
+                self.journal.void()
+            except JournalError as error:
+                self._failed(error)
+
+    def follow(self, entries: Sequence[Entry]) -> None:
+        """These were read from the stream."""
+        if self.journal is None or self.quarantine is not None or not entries:
+            return
+        if entries[-1].seq > self.journal.head.seq:
+            try:
+                self.journal.append([entry for entry in entries if entry.seq > self.journal.head.seq])
+            except JournalError as error:
+                self._failed(error)
+
+    async def sync(self) -> None:
+        """Have what was written reach the disk, if it is time for that. Waits in a thread."""
+        if self.journal is not None:
+            try:
+                await asyncio.to_thread(self.journal.sync_if_due, time.monotonic())
+            except JournalError as error:
+                self._failed(error)
+
+    def close(self) -> None:
+        """Give the journal back."""
+        if self.journal is not None:
+            with contextlib.suppress(JournalError):
+                self.journal.close()
+
+    def _opened(self) -> Journal:
+        if self.journal is None:
+            self.journal = self._open_journal()
+            log.info("journal", slot=str(self.journal.slot), head=self.journal.head.seq)
+            if self.journal.torn is not None:
+                log.warning("the end of the journal was torn, and was cut off", torn=self.journal.torn)
+        return self.journal
+
+    def _failed(self, error: JournalError) -> None:
+        if self.behind != str(error):
+            log.error("the journal cannot take it: nothing is granted", error=str(error))
+        self.behind = str(error)
+        self._next_us = self._clock() + LOOK_US
+
+    # -- the comparison ------------------------------------------------------------------------------------------
+
+    async def reconcile(self, ledger: Ledger) -> None:
+        """Compare the histories, and do what follows.
+
+        Raises:
+            QuarantineError: they contradict each other.
+            StoreError: Redis cannot be read or written.
+        """
+        self._next_us = self._clock() + LOOK_US
+        try:
+            journal = self._opened()
+            await self._look_at_server(journal)
+            relation, head = await self._settled(journal, ledger.store)
+            if relation is Relation.CONTRADICTION and await self._accepted(journal, ledger.store, head):
+                self._start_over(journal, ledger)
+                relation, head = await self._settled(journal, ledger.store)
+            if relation is Relation.CONTRADICTION:
+                raise self._contradicted(_two_histories(journal, head))
+            if relation is Relation.JOURNAL_LONGER:
+                await self._restore(journal, ledger, head)
+            if self.behind is not None:
+                journal.note("writable again")
+            self.behind = None
+        except DiskError as error:
+            self._failed(error)
+        except JournalError as error:
+            raise self._contradicted(
+                f"the journal cannot be used: {error}; look at it, and move it away to begin a new one"
+            ) from error
+        self._lost_us = None
+        if self.quarantine is not None:
+            log.warning("quarantine ended")
+        self.quarantine = None
+        self._due = False
+
+    async def _look_at_server(self, journal: Journal) -> None:
+        server = await self._identify()
+        before = self._server
+        if before is None:
+            before, self._heard_us = _remembered(journal)
+        since_s = (self._clock() - self._heard_us) / 1e6
+        if before is not None and changed(before, server, since_s) == "another":
+            self.hold_until_us = self._clock() + self._ttl_us
+            log.warning("another server: no permits for one permit's life", was=before.run_id, now=server.run_id)
+        self._server, self._heard_us = server, self._clock()
+        with contextlib.suppress(OSError):  # without it the next start takes the server for the same
+            known = msgspec.json.encode(_Known(server=server, heard_us=self._heard_us))
+            (journal.slot / REMEMBERED).write_bytes(known)
+
+    async def _settled(self, journal: Journal, store: EventStore) -> tuple[Relation, Head]:
+        """How the histories relate, and where the stream ends, once the journal has taken over what it can."""
+        while True:
+            head = await store.head()
+            hashes = await _hashes(store, journal.head.seq) if head.seq > journal.head.seq else {}
+            found = compare(journal.head, journal.hash_at, head, hashes.get)
+            if found.relation is Relation.STREAM_LONGER:
+                if found.at is None:
+                    raise self._contradicted(
+                        f"the stream and the archive no longer have event {journal.head.seq}, at which the journal in "
+                        f"{journal.slot} ends"
+                    )
+                await _take_over(journal, store, head)
+                continue
+            intent = journal.dangling
+            if intent is None or found.relation is Relation.CONTRADICTION:
+                return found.relation, head
+            run_id = self._server.run_id if self._server is not None else ""
+            first, last = intent.entries[0].seq, intent.head.seq
+            hashes = await _hashes(store, min(head.seq, last)) if head.seq >= first else {}
+            if settle(intent, head, hashes.get, run_id) == "void":
+                journal.void()
+            else:
+                journal.committed(intent.head)
+
+    # -- what follows --------------------------------------------------------------------------------------------
+
+    async def _restore(self, journal: Journal, ledger: Ledger, head: Head) -> None:
+        """Write back what the stream lost behind `head`, and hold permits back. Never a permit."""
+        self._lost_us = self._lost_us or self._clock()
+        if self._stands_by() and self._clock() - self._lost_us < PATIENCE_US:
+            raise StoreError(f"the stream lost what came after event {head.seq}; the active governor writes it back")
+        store, begun = ledger.store, head.seq
+        try:
+            while entries := journal.read(head.seq, limit=BATCH):
+                await store.commit(Commit(expected=head, entries=entries))
+                head = Head(entries[-1].seq, entries[-1].hash)
+        except ConflictError:
+            self.doubt()  # another governor is at it as well
+            return
+        lost = head.seq - begun
+        log.warning("history restored", events=lost, after=begun)
+        self._lost_us = None
+        await ledger.restored(HistoryRestored(events=lost, hold_until_us=self._clock() + self._ttl_us))
+
+    async def _accepted(self, journal: Journal, store: EventStore, head: Head) -> bool:
+        """Whether a person has accepted the stream's history after the journal's last event was written."""
+        last = journal.entry(journal.head.seq)
+        since = decode(last).at if last is not None else 0
+        seq = max(0, head.seq - ACCEPTED_WITHIN)
+        while entries := await store.read(seq, limit=BATCH):
+            seq = entries[-1].seq
+            for entry in entries:
+                with contextlib.suppress(CodecError):
+                    recorded = decode(entry)
+                    if isinstance(recorded.event, HistoryAccepted) and recorded.at > since:
+                        return True
+        return False
+
+    def _start_over(self, journal: Journal, ledger: Ledger) -> None:
+        """Take the stream's history: the journal's is set aside, and everything is folded again."""
+        aside = journal.set_aside(f"until-{journal.head.seq}-{self._clock()}")
+        log.warning("history accepted: the journal's was set aside", aside=str(aside))
+        ledger.state = initial()
+
+    def _contradicted(self, why: str) -> QuarantineError:
+        if self.quarantine is None:
+            log.error("quarantine: nothing is permitted", why=why)
+            if self.journal is not None:
+                with contextlib.suppress(JournalError):
+                    self.journal.note(f"quarantine: {why}")
+        self.quarantine = why
+        return QuarantineError(why)
+
+
+def _two_histories(journal: Journal, head: Head) -> str:
+    mine = journal.head
+    return (
+        f"the stream (it ends at event {head.seq} {head.hash[:8]}) and the journal in {journal.slot} (it ends at event "
+        f"{mine.seq} {mine.hash[:8]}) are two histories; look which one is right, then "
+        "governor rearm --accept-history --reason … takes the stream's"
+    )
+
+
+async def _take_over(journal: Journal, store: EventStore, head: Head) -> None:
+    """The journal reads on."""
+    while journal.head.seq < head.seq and (entries := await store.read(journal.head.seq, limit=BATCH)):
+        journal.append(entries)
+
+
+class _Known(msgspec.Struct, frozen=True):
+    server: Server
+    heard_us: int
+
+
+def _remembered(journal: Journal) -> tuple[Server | None, int]:
+    """The server the journal's last owner was connected to, and when it wrote that down."""
+    try:
+        known = msgspec.json.decode((journal.slot / REMEMBERED).read_bytes(), type=_Known)
+    except (OSError, msgspec.MsgspecError):
+        return None, 0
+    return known.server, known.heard_us
+
+
+async def _hashes(store: EventStore, seq: int) -> dict[int, str]:
+    """Hash of one of the store's events, if it has it."""
+    if seq <= 0:
+        return {}
+    try:
+        entries = await store.read(seq - 1, limit=1)
+    except UnavailableError:
+        raise
+    except StoreError:  # older than what is left, and not archived here
+        return {}
+    return {entry.seq: entry.hash for entry in entries}

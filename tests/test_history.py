@@ -1,0 +1,262 @@
+"""A history that got lost comes back from the daemon's own disk, and one that contradicts it stops the permits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import pytest
+import redis
+
+from events.codec import decode, encode
+from events.types import Entry, Head, Recovered
+from governor.gate import PermitGate
+from tests.daemon import Daemon, daemon, events_of, publish, wait_for
+from tests.servers import RedisServer
+
+STREAM = "quantum:stream:governor.events"
+STATE = "quantum:governor:state"
+
+
+@pytest.fixture
+def client(flushed: RedisServer) -> Iterator[redis.Redis]:
+    with flushed.client() as one:
+        yield one
+
+
+@pytest.fixture
+def one(flushed: RedisServer, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon whose permits live for two seconds, with some history: two permits consumed."""
+    environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_PERMIT_TTL_SEC": "2"}
+    with flushed.client() as client, daemon(tmp_path, port=flushed.port, environ=environ) as running:
+        for plan_id in ("a", "b"):
+            permitted(client, plan_id, "BTCUSDT")
+            PermitGate(client).consume(plan_id, symbol="BTCUSDT")
+        wait_for(lambda: len(events_of(client, "PERMIT_CONSUMED")) == 2)
+        yield running
+
+
+def permitted(client: redis.Redis, plan_id: str, symbol: str) -> None:
+    publish(client, plan_id, symbol)
+    wait_for(lambda: client.exists(f"quantum:permit:{plan_id}"), what=f"a permit for {plan_id}")
+
+
+def blocked(client: redis.Redis, plan_id: str, symbol: str) -> str:
+    """Publish a plan and wait for its block record: the reason."""
+    publish(client, plan_id, symbol)
+    found: Any = wait_for(lambda: client.get(f"quantum:governor:block:{plan_id}"), what=f"a block of {plan_id}")
+    return str(json.loads(found)["reason"])
+
+
+def after_the_hold(client: redis.Redis, symbol: str = "ETHUSDT") -> None:
+    """Plans are permitted again once the hold is over."""
+    tried = iter(range(1000))
+
+    def passes() -> bool:
+        plan_id = f"after{next(tried)}"
+        publish(client, plan_id, symbol, "UPDATE_SL")
+        wait_for(lambda: client.exists(f"quantum:permit:{plan_id}", f"quantum:governor:block:{plan_id}"))
+        return bool(client.exists(f"quantum:permit:{plan_id}"))
+
+    wait_for(passes, what="a permit after the hold")
+
+
+def stored(client: redis.Redis) -> list[Entry]:
+    found: Any = client.xrange(STREAM)
+    return [Entry(f["event"], int(f["seq"]), f["timestamp"], f["data"].encode(), f["hash"]) for _, f in found]
+
+
+def fill(client: redis.Redis, entries: list[Entry]) -> None:
+    client.delete(STREAM)
+    for entry in entries:
+        fields: Any = {"event": entry.name, "seq": entry.seq, "timestamp": entry.timestamp, "data": entry.data}
+        client.xadd(STREAM, fields | {"hash": entry.hash}, id=f"{entry.seq}-0")
+
+
+def ready(one: Daemon) -> dict[str, Any]:
+    try:
+        told: dict[str, Any] = json.loads(one.http("/readyz"))
+    except HTTPError as error:
+        told = json.loads(error.read())
+    return told
+
+
+def journaled(one: Daemon, home: Path, digest: str) -> bool:
+    """Whether this daemon's own journal has the event of that hash."""
+    (slot,) = re.findall(r'"slot": "([^"]+)"', one.log)
+    assert slot.startswith(str(home))
+    return any(digest.encode() in path.read_bytes() for path in Path(slot).glob("events-*.log"))
+
+
+LOSSES: dict[str, Callable[[redis.Redis], Any]] = {
+    "everything": lambda client: client.flushall(),
+    "the event stream": lambda client: client.delete(STREAM),
+    "the tail": lambda client: fill(client, stored(client)[:-4]),
+}
+
+
+@pytest.mark.parametrize("what", list(LOSSES))
+@pytest.mark.parametrize("running", [True, False], ids=["under a running daemon", "while it is away"])
+def test_what_redis_lost_comes_back_with_the_public_keys_and_a_hold_and_never_a_permit(
+    one: Daemon, client: redis.Redis, what: str, *, running: bool
+) -> None:
+    permitted(client, "c", "ETHUSDT")
+    if not running:
+        wait_for(lambda: not client.exists("quantum:permit:c"))
+        wait_for(lambda: len(events_of(client, "PERMIT_EXPIRED")) == 1)
+        one.kill()
+    before = stored(client)
+    LOSSES[what](client)
+    if not running:
+        one.start()
+    wait_for(lambda: events_of(client, "HISTORY_RESTORED"), what="HISTORY_RESTORED")
+    after = stored(client)
+    assert after[: len(before)] == before
+    assert client.exists(STATE, "quantum:governor:exec:BTCUSDT") == 2
+    if what == "everything":
+        assert not client.exists("quantum:permit:c"), "a permit is never written back"
+    assert blocked(client, "d", "SOLUSDT") == "history_hold"
+    publish(client, "a", "BTCUSDT")
+    wait_for(lambda: [d for d in events_of(client, "DECISION") if d["reason"] == "duplicate_plan"])
+    after_the_hold(client)
+    audit = one.json("replay")
+    assert (audit["differences"], audit["chain"]) == ([], "ok")
+    assert one.json("rebuild", "--check")["differences"] == []
+
+
+def test_a_server_that_was_killed_and_came_back_whole_holds_nothing_back(
+    own_server: RedisServer, tmp_path: Path
+) -> None:
+    own_server.stop()
+    own_server._settings["appendonly"] = "yes"
+    own_server.start()
+    with own_server.client() as client, daemon(tmp_path, port=own_server.port, GOV_FALLBACK_QTY="0.001") as one:
+        permitted(client, "a", "BTCUSDT")
+        own_server.kill()
+        own_server.start()
+        permitted(client, "b", "ETHUSDT")
+        assert events_of(client, "HISTORY_RESTORED") == []
+        assert one.json("replay")["differences"] == []
+
+
+def test_a_server_that_kept_nothing_gets_all_of_it_back(own_server: RedisServer, tmp_path: Path) -> None:
+    with (
+        own_server.client() as client,
+        daemon(tmp_path, port=own_server.port, GOV_FALLBACK_QTY="0.001", GOV_PERMIT_TTL_SEC="2") as one,
+    ):
+        permitted(client, "a", "BTCUSDT")
+        before = stored(client)
+        own_server.kill()
+        own_server.start()
+        wait_for(lambda: events_of(client, "HISTORY_RESTORED"))
+        assert stored(client)[: len(before)] == before
+        assert blocked(client, "b", "SOLUSDT") == "history_hold"
+        after_the_hold(client)
+        assert one.json("replay")["differences"] == []
+
+
+def other_history(client: redis.Redis) -> None:
+    """The last events are other ones: a backup of another server, say."""
+    entries = stored(client)
+    kept = entries[:-3]
+    head = Head(kept[-1].seq, kept[-1].hash)
+    for _ in range(5):
+        kept.append(encode(Recovered(), after=head, at=decode(entries[-1]).at))
+        head = Head(kept[-1].seq, kept[-1].hash)
+    fill(client, kept)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["under a running daemon", "while it is away"])
+def test_a_history_that_contradicts_the_journal_is_quarantined_until_a_person_accepts_it(
+    one: Daemon, client: redis.Redis, *, running: bool
+) -> None:
+    if not running:
+        one.kill()
+    other_history(client)
+    theirs = stored(client)
+    if not running:
+        one.start()
+    assert blocked(client, "c", "ETHUSDT") == "quarantined"
+    told = wait_for(lambda: (found := ready(one))["problems"] and found)
+    assert not told["ready"]
+    assert "two histories" in told["problems"][0]
+    assert stored(client) == theirs, "the stream is not ours to write"
+    assert not client.exists("quantum:permit:c")
+    assert one.command("rearm", "--accept-history").returncode == 2, "a reason is needed"
+    done = one.command("rearm", "--accept-history", "--reason", "restored from the other host")
+    assert done.returncode == 0, done.stderr
+    wait_for(lambda: ready(one)["ready"], what="ready")
+    (accepted,) = events_of(client, "HISTORY_ACCEPTED")
+    assert (accepted["reason"], accepted["operator"]) == ("restored from the other host", "tester")
+    after_the_hold(client)
+    assert list(one.home.rglob("*until-*")), "the old journal was kept"
+    one.kill()
+    one.start()
+    permitted(client, "after-the-restart", "XRPUSDT")
+    assert one.json("replay")["chain"] == "ok"
+
+
+def test_what_others_wrote_is_taken_over_by_the_journal(one: Daemon, client: redis.Redis) -> None:
+    one.command("disarm", "--reason", "drill")
+    one.command("rearm", "--reason", "checked")
+    one.kill()
+    one.command("disarm", "--reason", "while it was away")
+    one.command("rearm", "--reason", "checked")
+    one.start()
+    wait_for(lambda: len(events_of(client, "SETTINGS_LOADED")) == 2)
+    before = stored(client)
+    client.delete(STREAM)
+    wait_for(lambda: events_of(client, "HISTORY_RESTORED"))
+    assert stored(client)[: len(before)] == before
+
+
+def test_two_daemons_on_one_host_take_a_journal_each_and_both_know_everything(
+    one: Daemon, client: redis.Redis, tmp_path: Path
+) -> None:
+    second = Daemon(tmp_path / "second", port=int(one.environ["REDIS_PORT"]), environ={"GOV_FALLBACK_QTY": "0.001"})
+    second.environ["HOME"] = one.environ["HOME"]
+    second.environ["GOV_PERMIT_TTL_SEC"] = "2"
+    second.start()
+    try:
+        permitted(client, "c", "ETHUSDT")
+        slots = sorted(path.name for path in (one.home / ".local/state/quantum-governor/journal/quantum").iterdir())
+        assert [slot for slot in slots if slot.isdigit()] == ["0", "1"]
+        one.kill()
+        before = stored(client)
+        wait_for(lambda: journaled(second, one.home, before[-1].hash), what="the second one to know everything")
+        client.flushall()
+        wait_for(lambda: events_of(client, "HISTORY_RESTORED"))
+        assert stored(client)[: len(before)] == before
+    finally:
+        second.kill()
+
+
+def test_a_journal_that_cannot_be_written_means_no_permit_and_a_clear_state(
+    flushed: RedisServer, client: redis.Redis, tmp_path: Path
+) -> None:
+    place = tmp_path / "disk"
+    place.write_text("not a directory")
+    environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_JOURNAL_DIR": str(place / "journal")}
+    with daemon(tmp_path, port=flushed.port, environ=environ) as one:
+        assert blocked(client, "a", "BTCUSDT") == "quarantined"
+        told = ready(one)
+        assert not told["ready"]
+        assert str(place) in told["problems"][0]
+        (decision,) = events_of(client, "DECISION")
+        assert (decision["reason"], decision["history"]) == ("quarantined", "quarantined")
+        place.unlink()
+        wait_for(lambda: ready(one)["ready"], what="ready")
+        permitted(client, "b", "BTCUSDT")
+        assert one.json("replay")["differences"] == []
+
+
+def test_a_journal_on_disk_before_every_permit(flushed: RedisServer, client: redis.Redis, tmp_path: Path) -> None:
+    environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_JOURNAL_FSYNC": "always"}
+    with daemon(tmp_path, port=flushed.port, environ=environ) as one:
+        permitted(client, "a", "BTCUSDT")
+        journal = b"".join(path.read_bytes() for path in one.home.rglob("events-*.log"))
+        assert b'"plan_id":"a"' in journal
