@@ -1,12 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint clean
+MINUTES ?= 5
+
+.PHONY: run test lint soak clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    the whole thing on an embedded server, with a simulated exchange and Apply Layer"
 	@echo "make test   lint, types and all tests"
+	@echo "make soak   MINUTES=$(MINUTES) of simulated schedules, then as many of real processes under kills and cuts"
 	@echo "make clean  remove .venv, caches and ./var"
 
 .venv/.stamp: pyproject.toml
@@ -29,6 +32,10 @@ test: lint
 	$(BIN)/pytest --cov --cov-report=
 	$(BIN)/coverage report --include='governor/decider.py,governor/gates.py,governor/machine.py,projections/*' --fail-under=100
 	$(BIN)/coverage report
+
+soak: .venv/.stamp
+	$(BIN)/python -m tests.simulation --minutes $(MINUTES) --most 5
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 clean:
 	rm -rf .venv var .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

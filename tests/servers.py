@@ -6,10 +6,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import redis
 import redis.asyncio
@@ -91,6 +92,10 @@ class RedisServer:
         """Whether the process is alive."""
         return self._process is not None and self._process.poll() is None
 
+    def option(self, name: str) -> str:
+        """What it was started with."""
+        return self._settings[name]
+
     def url(self, db: int = 0) -> str:
         """Return the address as redis-py takes it."""
         return f"redis://{self.host}:{self.port}/{db}"
@@ -170,6 +175,12 @@ class RedisServer:
             retry=AsyncRetry(NoBackoff(), 0),
         )
 
+    def ask(self, *command: str | int) -> Any:
+        """Answer of one command, on a connection of its own."""
+        with self.client() as client:
+            execute: Callable[..., Any] = client.execute_command
+            return execute(*command)
+
     def _spawn(self) -> None:
         command = [self._program, "--port", str(self.port)]
         for name, value in self._settings.items():
@@ -183,13 +194,198 @@ class RedisServer:
             while self.running and time.monotonic() < deadline:
                 try:
                     # By process id: on a port taken by another server, that one would answer.
-                    if client.info("server")["process_id"] == self.pid and not client.info("persistence")["loading"]:
+                    if client.info("server")["process_id"] == self.pid and self._loaded(client):
                         return True
                 except redis.RedisError:
                     pass
                 time.sleep(0.005)
         self.kill()
         return False
+
+    def _loaded(self, client: redis.Redis) -> bool:
+        return not client.info("persistence")["loading"]
+
+
+class SentinelServer(RedisServer):
+    """One Sentinel that watches a primary under the name `mymaster`.
+
+    Args:
+        kind: which program.
+        primary: what to watch at first.
+        quorum: how many have to agree that it is down.
+        down_after_ms: silence of this long is down.
+    """
+
+    def __init__(self, kind: Kind, primary: RedisServer, *, quorum: int = 2, down_after_ms: int = 600) -> None:
+        super().__init__(kind)
+        self._config = (
+            f"sentinel monitor mymaster {primary.host} {primary.port} {quorum}\n"
+            f"sentinel down-after-milliseconds mymaster {down_after_ms}\n"
+            "sentinel failover-timeout mymaster 2000\n"
+        )
+
+    def _spawn(self) -> None:
+        config = self.data_dir / "sentinel.conf"  # it keeps there what it learns
+        if not config.exists():
+            config.write_text(f"port {self.port}\nbind {self.host}\ndir {self.data_dir}\n{self._config}")
+        with (self.data_dir / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._program, str(config), "--sentinel"], stdout=log, stderr=log, cwd=self.data_dir
+            )
+
+    def hurry(self, *, hello_ms: int) -> None:
+        """Set how often it says hello to the others (2000 by default).
+
+        They find each other by that. But one that has not heard for four hellos why a replica of its primary was
+        promoted makes it a replica again, so it must not be short while a failover runs.
+        """
+        # A ping a second would take every new primary for down until its first answer.
+        self.ask("SENTINEL", "DEBUG", "publish-period", hello_ms, "info-period", "500", "ping-period", "250")
+
+    def _loaded(self, client: redis.Redis) -> bool:
+        return True  # it has nothing to load
+
+
+class Watched:
+    """A primary, two replicas and three Sentinels that know each other."""
+
+    def __init__(self, kind: Kind, *, options: Mapping[str, str] | None = None) -> None:
+        given = {"repl-diskless-sync-delay": "0"} | dict(options or {})
+        self.servers = [RedisServer(kind, appendonly=True, options=given) for _ in range(3)]
+        self.sentinels: list[SentinelServer] = []
+        self._kind = kind
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def addresses(self) -> str:
+        """The Sentinels as REDIS_SENTINELS has them."""
+        return ",".join(f"{sentinel.host}:{sentinel.port}" for sentinel in self.sentinels)
+
+    def primary(self) -> RedisServer:
+        """What the first Sentinel takes for the primary now."""
+        _, port = self.sentinels[0].ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "mymaster")
+        return next(server for server in self.servers if server.port == int(port))
+
+    def settled(self) -> bool:
+        """Whether every Sentinel sees the two others and two replicas that follow."""
+        for sentinel in self.sentinels:
+            seen = sentinel.ask("SENTINEL", "MASTER", "mymaster")
+            known = dict(zip(seen[::2], seen[1::2], strict=True))
+            if (known["num-other-sentinels"], known["num-slaves"]) != ("2", "2"):
+                return False
+        # A primary calls a replica online that still loads what it was sent.
+        return all(server.ask("INFO", "replication").get("master_link_status", "up") == "up" for server in self.servers)
+
+    def close(self) -> None:
+        """Kill all of them and remove what they wrote."""
+        for server in (*self.sentinels, *self.servers):
+            server.close()
+
+    def _start(self) -> None:
+        primary, *replicas = self.servers
+        primary.start()
+        for replica in replicas:
+            replica.start()
+            with replica.client() as client:
+                client.replicaof(primary.host, str(primary.port))
+        for _ in range(3):
+            sentinel = SentinelServer(self._kind, primary)
+            self.sentinels.append(sentinel)
+            sentinel.start()
+            sentinel.hurry(hello_ms=100)
+        wait_until(self.settled, "the Sentinels do not find each other")
+        for sentinel in self.sentinels:
+            sentinel.hurry(hello_ms=2000)
+
+
+SLOTS = 16384
+
+
+class Cluster:
+    """Three nodes with a third of the slots each, and replicas of one of them where asked for."""
+
+    def __init__(self, kind: Kind, *, replicas: int = 0, of: int = 0) -> None:
+        self._of = of
+        self.nodes = [self._node(kind) for _ in range(3)]
+        self.replicas = [self._node(kind) for _ in range(replicas)]
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill all of them and remove what they wrote."""
+        for node in (*self.nodes, *self.replicas):
+            node.close()
+
+    def owner(self, slot: int) -> RedisServer:
+        """The node that owns a slot, as the first running one sees it."""
+        everyone = (*self.nodes, *self.replicas)
+        somebody = next(node for node in everyone if node.running)
+        for first, last, (_, port, *_), *_ in somebody.ask("CLUSTER", "SLOTS"):
+            if first <= slot <= last:
+                return next(node for node in everyone if node.port == port)
+        raise LookupError(f"nobody owns slot {slot}")
+
+    def whole(self) -> bool:
+        """Whether every node sees all slots served, and all others."""
+        everyone = (*self.nodes, *self.replicas)
+        wanted = {"cluster_state": "ok", "cluster_known_nodes": str(len(everyone))}
+        return all(wanted.items() <= node.ask("CLUSTER INFO").items() for node in everyone)
+
+    @staticmethod
+    def _node(kind: Kind) -> RedisServer:
+        options = {"cluster-enabled": "yes", "cluster-node-timeout": "1000", "cluster-port": str(_free_port())}
+        options["repl-diskless-sync-delay"] = "0"
+        return RedisServer(kind, appendonly=True, options=options)
+
+    def _start(self) -> None:
+        first, *others = (*self.nodes, *self.replicas)
+        for node in (first, *others):
+            node.start()
+        for index, node in enumerate(self.nodes):
+            node.ask("CLUSTER", "ADDSLOTSRANGE", SLOTS * index // 3, SLOTS * (index + 1) // 3 - 1)
+        for node in others:
+            first.ask("CLUSTER", "MEET", node.host, node.port, node.option("cluster-port"))
+        primary = self.nodes[self._of].ask("CLUSTER", "MYID")
+        for replica in self.replicas:
+            wait_until(partial(_has_heard_of, replica, primary), "no gossip")
+            replica.ask("CLUSTER", "REPLICATE", primary)
+        wait_until(self.whole, "the nodes do not make a cluster")
+
+
+def _has_heard_of(node: RedisServer, other: str) -> bool:
+    return other in str(node.ask("CLUSTER NODES"))
+
+
+def wait_until(condition: Callable[[], bool], problem: str, *, timeout_s: float = 15.0) -> None:
+    """Return as soon as a condition of another process holds.
+
+    Raises:
+        TimeoutError: it did not; the message is `problem`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(problem)
+        time.sleep(0.02)
 
 
 def _free_port() -> int:
