@@ -18,6 +18,7 @@ Errors:
      ├─ LateError            it grants permits and came too late for that; nothing was written
      ├─ RefusedError         the server cannot write now (memory, replica, disk); nothing was written
      └─ UnavailableError     no server, or no answer: the outcome is unknown
+         └─ UnsentError      no connection: nothing was sent
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ _REFUSED = (
     redis.exceptions.ClusterCrossSlotError,
 )
 """The same where redis-py takes the code out of the text and makes a class of it."""
+
+
+UNSENT = "connecting to"
+"""What redis-py says where it could not connect, and only there."""
 
 
 class StoreError(Exception):
@@ -95,6 +100,10 @@ class RefusedError(StoreError):
 
 class UnavailableError(StoreError):
     """No server, or no answer in time."""
+
+
+class UnsentError(UnavailableError):
+    """No connection could be made, so nothing was sent."""
 
 
 class Require(NamedTuple):
@@ -213,6 +222,8 @@ def _unavailable(error: Exception) -> StoreError:
     text = str(error)
     if isinstance(error, _REFUSED) or any(word in text for word in _REFUSALS):
         return RefusedError(text)
+    if UNSENT in text and isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
+        return UnsentError(f"{type(error).__name__}: {text}")
     return UnavailableError(f"{type(error).__name__}: {text}")
 
 

@@ -53,7 +53,36 @@ def now() -> int:
     return time.time_ns() // 1000
 
 
-def client(settings: Settings, *, answer_s: float = ANSWER_S) -> redis.asyncio.Redis:
+class Door:
+    """Lets no connection lead to another server process than the one that was looked at.
+
+    redis-py connects anew without a word when it finds a connection closed, in the middle of a command. What that
+    command grants would then rest on a server nobody has compared with the journal.
+    """
+
+    def __init__(self) -> None:
+        self.run_id: str | None = None
+        """Of the process that was looked at; None: any may be connected to, in order to look at it."""
+
+    async def greet(self, connection: Any) -> None:
+        """What a new connection does first.
+
+        Raises:
+            redis.exceptions.ConnectionError: it leads to another process.
+        """
+        await connection.on_connect()
+        if not self.run_id:
+            return
+        await connection.send_command("INFO", "server")
+        try:
+            told = bytes(await connection.read_response())
+        except redis.exceptions.ResponseError:  # INFO is forbidden: every process counts as another anyway
+            return
+        if f"run_id:{self.run_id}".encode() not in told:
+            raise redis.exceptions.ConnectionError(f"not {store.UNSENT} another process before it was looked at")
+
+
+def client(settings: Settings, *, answer_s: float = ANSWER_S, door: Door | None = None) -> redis.asyncio.Redis:
     """A client for the settings' server, whichever that is at the time; its owner closes it."""
     options: dict[str, Any] = {
         "db": settings.redis_db,
@@ -62,15 +91,16 @@ def client(settings: Settings, *, answer_s: float = ANSWER_S) -> redis.asyncio.R
         "ssl": settings.redis_tls,
         "socket_timeout": answer_s,
     }
+    greeted = {} if door is None else {"redis_connect_func": door.greet}
     within_s = min(FIND_S, answer_s)
     if settings.redis_sentinels:
         sentinels = _Sentinels(settings.redis_sentinels, within_s=within_s, ssl=settings.redis_tls)
-        return _found(settings.redis_sentinel_name, sentinels, **options)
+        return _found(settings.redis_sentinel_name, sentinels, **options, **greeted)
     if (tag := hash_tag(settings.key_prefix)) is not None:
         nodes = _Nodes((settings.redis_host, settings.redis_port), within_s=within_s, **options)
         kind = _NodeTlsConnection if settings.redis_tls else _NodeConnection
-        return _found(str(key_slot(tag.encode())), nodes, connection_class=kind, **options)
-    return store.client(host=settings.redis_host, port=settings.redis_port, **options)
+        return _found(str(key_slot(tag.encode())), nodes, connection_class=kind, **options, **greeted)
+    return store.client(host=settings.redis_host, port=settings.redis_port, **options, **greeted)
 
 
 @asynccontextmanager

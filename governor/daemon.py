@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import redis.asyncio
 import structlog
@@ -22,8 +22,8 @@ from events.store import UnavailableError
 from governor import logs
 from governor.actuator import Actuator, PendingNote
 from governor.binance import Binance
-from governor.connection import client, ledger_on, now
-from governor.durability import durability, identity, refusal
+from governor.connection import Door, client, ledger_on, now, place, refuse_plain_prefix, watch
+from governor.durability import Server, durability, identity, refusal
 from governor.history import Keeper
 from governor.http import Answer, HttpServer
 from governor.lease import Lease, new_owner
@@ -64,7 +64,8 @@ async def serve(settings: Settings) -> None:
         log.warning("setting ignored", problem=warning)
     loop = asyncio.get_running_loop()
     keys = Keys(settings.key_prefix)
-    commits, reads = client(settings), client(settings)  # reads block, so they have a connection of their own
+    door = Door()
+    commits, reads = client(settings, door=door), client(settings)  # reads block: they have a connection of their own
     leases = client(settings, answer_s=settings.lease_s / 3) if settings.lease_s is not None else None
     lease = (
         Lease(leases, keys.lease, owner=new_owner(), seconds=settings.lease_s) if leases and settings.lease_s else None
@@ -77,7 +78,7 @@ async def serve(settings: Settings) -> None:
             key=settings.audit_key.encode() or None,
             fsync=settings.journal_fsync,
         ),
-        lambda: identity(commits),
+        partial(_look_at_server, commits, door),
         permit_ttl_us=settings.policy.permit_ttl_us,
         clock=now,
         always=settings.journal_fsync == "always",
@@ -117,19 +118,21 @@ async def serve(settings: Settings) -> None:
         "starting",
         version=VERSION,
         settings=settings.digest,
-        redis=f"{settings.redis_host}:{settings.redis_port}",
+        redis=place(settings),
         exchange=settings.base_url if exchange is not None else None,
         metrics_port=http.port,
     )
     try:
-        await _refuse_plain_prefix_on_cluster(commits, settings)
+        await refuse_plain_prefix(commits, settings)
         accept = partial(_accept_server, commits, settings)
+        watching = [loop.create_task(watch(each)) for each in (commits, reads, leases) if each is not None]
         running = loop.create_task(governor.run(ready=lambda: _ready(notifier), accept=accept))
         stopping = loop.create_task(stop.wait())
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
         notifier.send(STOPPING="1")
         await governor.stop(STOP_S)
-        stopping.cancel()
+        for task in (stopping, *watching):
+            task.cancel()
         while not running.done():
             running.cancel()
             governor.cancel()
@@ -171,6 +174,14 @@ def _exchange(settings: Settings, metrics: Metrics) -> Binance:
         now=now,
         on_call=called,
     )
+
+
+async def _look_at_server(connection: redis.asyncio.Redis, door: Door) -> Server:
+    """Who answers now; from here on no other process does."""
+    door.run_id = None
+    server = await identity(connection)
+    door.run_id = server.run_id
+    return server
 
 
 async def _accept_server(connection: redis.asyncio.Redis, settings: Settings) -> None:
@@ -234,18 +245,3 @@ def _in_loop(loop: asyncio.AbstractEventLoop, ask: Callable[[], T], *, within_s:
     except RuntimeError:  # the loop is closed
         coroutine.close()
         return None
-
-
-async def _refuse_plain_prefix_on_cluster(connection: Any, settings: Settings) -> None:
-    if "{" in settings.key_prefix:
-        return
-    try:
-        info = await connection.info("cluster")
-    except Exception as error:  # noqa: BLE001 - not reachable yet, or INFO not allowed: nothing to refuse
-        log.debug("cluster state unknown", error=str(error))
-        return
-    if info.get("cluster_enabled"):
-        raise SettingsError(
-            f"GOV_KEY_PREFIX is {settings.key_prefix!r}, expected one with a hash tag such as '{{quantum}}': "
-            "on a Redis Cluster all keys of an account have to be in one slot"
-        )

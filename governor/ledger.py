@@ -33,6 +33,7 @@ from events.store import (
     RequirementError,
     StoreError,
     UnavailableError,
+    UnsentError,
     Write,
 )
 from events.types import Entry, Event, Head, HistoryRestored, PermitRevoked, Recorded
@@ -453,7 +454,7 @@ class Ledger:
             # A commit is never cancelled: its outcome would be unknown for no reason.
             gone = await asyncio.shield(self.store.commit(commit))
         except StoreError as error:
-            if keeper is not None and not isinstance(error, UnavailableError):
+            if keeper is not None and (isinstance(error, UnsentError) or not isinstance(error, UnavailableError)):
                 keeper.refused()
             raise
         if keeper is not None:

@@ -186,11 +186,18 @@ class Proxy:
 
     async def _close(self) -> None:
         self._server.close()
-        lines = list(self._lines)
-        for line in lines:
-            line.end()
-        await asyncio.gather(*(line.task for line in lines if line.task is not None), return_exceptions=True)
+        await self._turn()  # what was being accepted becomes a line
+        while self._lines:
+            lines = list(self._lines)
+            for line in lines:
+                line.end()
+            await asyncio.gather(*(line.task for line in lines if line.task is not None), return_exceptions=True)
         await self._server.wait_closed()
+        await self._turn()  # what was aborted is closed
+
+    async def _turn(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
@@ -228,9 +235,11 @@ class _Line:
     async def run(self) -> None:
         try:
             there, upstream = await asyncio.open_connection("127.0.0.1", self._proxy.upstream)
-        except OSError:
+        except BaseException as error:
             self._writer.transport.abort()
-            return
+            if isinstance(error, OSError):
+                return
+            raise
         back = asyncio.create_task(self._answers(there))
         try:
             with suppress(ConnectionError, asyncio.CancelledError):

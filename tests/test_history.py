@@ -14,7 +14,11 @@ import redis
 
 from events.codec import decode, encode
 from events.types import Entry, Head, Recovered
+from governor.connection import Door
+from governor.connection import client as client_of
+from governor.durability import identity
 from governor.gate import PermitGate
+from governor.settings import load
 from tests.daemon import Daemon, daemon, events_of, publish, wait_for
 from tests.servers import RedisServer
 
@@ -260,3 +264,22 @@ def test_a_journal_on_disk_before_every_permit(flushed: RedisServer, client: red
         permitted(client, "a", "BTCUSDT")
         journal = b"".join(path.read_bytes() for path in one.home.rglob("events-*.log"))
         assert b'"plan_id":"a"' in journal
+
+
+async def test_a_connection_that_leads_to_another_process_is_not_used_before_it_was_looked_at(
+    own_server: RedisServer,
+) -> None:
+    door = Door()
+    one = client_of(load({"REDIS_HOST": own_server.host, "REDIS_PORT": str(own_server.port)}), door=door)
+    try:
+        door.run_id = (await identity(one)).run_id
+        await one.set("a", 1)
+        own_server.restart()
+        for _ in range(2):
+            with pytest.raises(redis.ConnectionError):
+                await one.set("a", 2)
+        door.run_id = None
+        door.run_id = (await identity(one)).run_id
+        assert await one.set("a", 3)
+    finally:
+        await one.aclose()

@@ -329,8 +329,9 @@ async def test_a_commit_whose_answer_is_lost_is_never_sent_again_by_the_client(
     store = RedisStore(redis_, stream=KEYS.events, halt=KEYS.halt)
     await store.head()
     proxy.cut = cut
-    with pytest.raises(UnavailableError):
-        await store.commit(grant(GENESIS, "plan-1"))
+    async with asyncio.timeout(10):
+        with pytest.raises(UnavailableError):
+            await store.commit(grant(GENESIS, "plan-1"))
     with server.client() as there:
         ran = there.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
     assert ran == (1 if cut == "after" else 0)
