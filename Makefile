@@ -29,7 +29,7 @@ lint: .venv/.stamp
 
 test: lint
 	$(BIN)/coverage erase
-	$(BIN)/pytest --cov --cov-report=
+	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=
 	$(BIN)/coverage report --include='governor/decider.py,governor/gates.py,governor/machine.py,projections/*' --fail-under=100
 	$(BIN)/coverage report
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import redis.asyncio
@@ -37,6 +38,8 @@ log = structlog.get_logger("governor")
 STOP_S = 1.5
 """How long a stop waits for what is being decided."""
 RELEASE_S = 0.3
+LONGEST_BAN_US = 3 * 86_400_000_000
+"""The exchange bans for three days at most."""
 THREAD_SWITCH_S = 0.0005
 """The default of 5 ms lets a scrape hold a permit up that long."""
 T = TypeVar("T")
@@ -72,9 +75,10 @@ async def serve(settings: Settings) -> None:
     )
     governor: Governor | None = None
 
+    own = settings.journal_dir / _slug(settings.key_prefix)
     keeper = Keeper(
         lambda: Journal.open(
-            settings.journal_dir / _slug(settings.key_prefix),
+            own,
             key=settings.audit_key.encode() or None,
             fsync=settings.journal_fsync,
         ),
@@ -96,7 +100,8 @@ async def serve(settings: Settings) -> None:
         max_symbols=settings.symbol_labels,
         version=VERSION,
     )
-    exchange = _exchange(settings, metrics) if settings.credentials else None
+    ban = own / "exchange-ban"
+    exchange = _exchange(settings, metrics, blocked_until_us=_ban(ban)) if settings.credentials else None
     notifier = Notifier()
     governor = Governor(
         settings,
@@ -109,6 +114,7 @@ async def serve(settings: Settings) -> None:
         clock=now,
         metrics=metrics,
         lease=lease,
+        remember_ban=partial(_keep_ban, ban),
     )
     http = _listen(settings, loop, metrics, governor)
     stop = asyncio.Event()
@@ -159,7 +165,21 @@ def _slug(prefix: str) -> str:
     return "".join(char if char.isalnum() or char in "-_" else f"%{ord(char):02x}" for char in prefix)
 
 
-def _exchange(settings: Settings, metrics: Metrics) -> Binance:
+def _ban(path: Path) -> int:
+    """Until when the exchange told us to stay away, microseconds; a restart is no reason to come back."""
+    try:
+        return min(int(path.read_text()), now() + LONGEST_BAN_US)
+    except (OSError, ValueError):
+        return 0
+
+
+def _keep_ban(path: Path, until_us: int) -> None:
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(until_us))
+
+
+def _exchange(settings: Settings, metrics: Metrics, *, blocked_until_us: int) -> Binance:
     def called(endpoint: str, seconds: float, outcome: str) -> None:
         metrics.exchange_seconds.labels(endpoint).observe(seconds)
         if outcome != "ok":
@@ -173,6 +193,7 @@ def _exchange(settings: Settings, metrics: Metrics) -> Binance:
         allow_mainnet=settings.allow_mainnet,
         now=now,
         on_call=called,
+        blocked_until_us=blocked_until_us,
     )
 
 

@@ -69,6 +69,10 @@ class Snapshot(NamedTuple):
     loop_at: float
     inflight: int
     apply_dry_run: bool
+    active: bool = True
+    quarantined: bool = False
+    hold_seconds: float = 0.0
+    journal_up: bool = True
 
 
 def snapshot_symbols(state: State, policy: Policy, now: int, most: int) -> tuple[tuple[SymbolRow, ...], int]:
@@ -214,6 +218,10 @@ class Metrics(Collector):
             ("last_evaluation_timestamp_seconds", "When the evaluation loop last went round.", snapshot.loop_at),
             ("symbols_truncated", "Symbols without metrics of their own.", snapshot.truncated),
             ("apply_dry_run", "1 while the Apply Layer's file says dry run.", snapshot.apply_dry_run),
+            ("active", "1 for the governor that reads plans, 0 for a standby.", snapshot.active),
+            ("quarantined", "1 while the stream's history contradicts the journal's.", snapshot.quarantined),
+            ("hold_seconds", "How long permits are still held back after history was lost.", snapshot.hold_seconds),
+            ("journal_up", "1 while the journal can be written.", snapshot.journal_up),
         ):
             yield GaugeMetricFamily(f"quantum_govern_{name}", text, value=float(value))
         if snapshot.total_limit is not None:

@@ -100,8 +100,12 @@ class Governor:
         clock: Callable[[], int],
         metrics: Metrics | None = None,
         lease: Lease | None = None,
+        remember_ban: Callable[[int], None] = lambda _until_us: None,
     ) -> None:
         self.settings = settings
+        self._remember_ban = remember_ban
+        self._ban_us = 0
+        """The end of the exchange's last ban that was remembered."""
         self.lease = lease
         self.policy = settings.policy
         self.ledger = ledger
@@ -503,6 +507,10 @@ class Governor:
             await self.ledger.submit(lambda state, _now: Proposal(writes=[views.state_write(state, self.keys)]))
         await self._take_note()
         self._tell_anchor()
+        held_back = getattr(self.exchange, "blocked_until_us", 0)
+        if held_back != self._ban_us:
+            self._ban_us = held_back
+            self._remember_ban(held_back)
 
     def _tell_anchor(self) -> None:
         """The head, once a UTC day, where a history that is cut or written again later cannot reach it."""
@@ -658,8 +666,7 @@ class Governor:
         notes = []
         if (keeper := self.ledger.keeper) is not None:
             problems += [why for why in (keeper.quarantine, keeper.behind) if why is not None and why not in problems]
-            hold_s = (max(keeper.hold_until_us, self.ledger.state.hold_until) - self.clock()) / 1e6
-            if hold_s > 0:
+            if (hold_s := self._hold_s()) > 0:
                 notes.append(f"no permits for {hold_s:.0f} s more: what was granted before may still be alive")
         skew_s = self.ledger.skew_us / 1e6
         if abs(skew_s) > CLOCK_OFF_S:
@@ -684,6 +691,13 @@ class Governor:
             "halted": self.ledger.halted,
         }
         return not problems, content
+
+    def _hold_s(self) -> float:
+        """How long permits are still held back because history was lost."""
+        until = max(
+            self.ledger.keeper.hold_until_us if self.ledger.keeper is not None else 0, self.ledger.state.hold_until
+        )
+        return max(0.0, (until - self.clock()) / 1e6)
 
     def snapshot(self) -> Snapshot:
         """The gauges' values now."""
@@ -711,6 +725,10 @@ class Governor:
             loop_at=self.loop_at / 1e6,
             inflight=self._waiting,
             apply_dry_run=self.actuator.apply_mode() == decider.DRY_RUN,
+            active=self.active,
+            quarantined=self.quarantine is not None,
+            hold_seconds=self._hold_s(),
+            journal_up=self.ledger.keeper is None or self.ledger.keeper.behind is None,
         )
 
 

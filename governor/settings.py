@@ -232,8 +232,8 @@ TABLE: tuple[Row, ...] = (
     Row("GOV_ALLOW_MAINNET", "false", "Allows the mainnet host.", "allow_mainnet", policy.flag),
     Row("GOV_AUDIT_KEY", "", "Key of the event chain: with it, nobody without it can rebuild the chain.", "audit_key",
         secret=True),
-    Row("GOV_JOURNAL_DIR", "", "Where the daemon keeps its own copy of the events. Empty: `journal` in "
-        "`$STATE_DIRECTORY`, else in `~/.local/state/quantum-governor`.", "journal_dir", _directory),
+    Row("GOV_JOURNAL_DIR", "", "Where the daemon keeps its own copy of the events. Empty: a directory a server in "
+        "`journal` in `$STATE_DIRECTORY`, else in `~/.local/state/quantum-governor`.", "journal_dir", _directory),
     Row("GOV_JOURNAL_FSYNC", "interval", "`interval`: on disk within a second, a killed process loses nothing. "
         "`always`: what is about to be permitted is on disk before, for Redis on another machine.", "journal_fsync",
         _choice("interval", "always")),
@@ -268,7 +268,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     given = {row.name: environ.get(row.name, row.default) for row in TABLE} | credentials
     fields = {row.field: _read(row, given[row.name]) for row in TABLE if row.field is not None}
     fields["archive_dir"] = archive = fields["archive_dir"] or state_directory(environ) / "archive"
-    fields["journal_dir"] = journal = fields["journal_dir"] or state_directory(environ) / "journal"
+    journal = fields["journal_dir"] or state_directory(environ) / "journal" / _server_name(fields)
+    fields["journal_dir"] = journal
     fields["base_url"] = base_url(given["BINANCE_BASE_URL"], allow_mainnet=fields["allow_mainnet"])
     has_credentials = bool(given["BINANCE_TESTNET_API_KEY"] and given["BINANCE_TESTNET_API_SECRET"])
     texts = {name: given[name] for name in policy.DEFAULTS if name in given}
@@ -303,6 +304,14 @@ def load_for_stop(environ: Mapping[str, str] = os.environ) -> Settings:
         SettingsError: one of those is wrong.
     """
     return load({name: value for name, value in environ.items() if name in STOPPING or name in _SYSTEMD})
+
+
+def _server_name(fields: Mapping[str, Any]) -> str:
+    """A directory a server, so that no journal is taken for that of another one, which would look emptied."""
+    name = (
+        fields["redis_sentinel_name"] if fields["redis_sentinels"] else f"{fields['redis_host']}_{fields['redis_port']}"
+    )
+    return "".join(char if char.isalnum() or char in "._-" else "_" for char in f"{name}_{fields['redis_db']}")
 
 
 _SYSTEMD = ("CREDENTIALS_DIRECTORY", "STATE_DIRECTORY", "HOME")

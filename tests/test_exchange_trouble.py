@@ -258,6 +258,24 @@ def test_a_stop_met_by_many_symbols_at_once_is_not_pressed(
     assert len(asked(exchange, V2)) <= 25, "only what was under way when the first stop came"
 
 
+def test_a_restart_is_no_reason_to_come_back_before_a_ban_is_over(
+    server: RedisServer, client: redis.Redis, exchange: Exchange, tmp_path: Path
+) -> None:
+    exchange.set("BTCUSDT", "1", "10")
+    with daemon(tmp_path, port=server.port, base_url=exchange.base_url, environ=TROUBLED) as one:
+        exchange.sim.faults = on(V2, None, Response(418, b"", {"retry-after": "600"}))
+        publish(client, "first", "BTCUSDT")
+        assert blocked(decision(client, "first")) == ("BLOCK", "position_fetch_failed", "banned")
+        wait_for(lambda: any(one.home.rglob("exchange-ban")))
+        one.kill()
+        exchange.sim.faults = None
+        seen = len(exchange.sim.requests)
+        one.start()
+        publish(client, "second", "BTCUSDT")
+        assert blocked(decision(client, "second")) == ("BLOCK", "position_fetch_failed", "banned")
+        assert len(exchange.sim.requests) == seen, "not one request, not even a ping"
+
+
 @pytest.mark.parametrize("skew_ms", [3_000, -3_000])
 @pytest.mark.parametrize("when", ["from the start", "while it runs"])
 def test_a_clock_three_seconds_off_costs_no_plan_its_permit(

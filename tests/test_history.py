@@ -34,8 +34,8 @@ def client(flushed: RedisServer) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def one(flushed: RedisServer, tmp_path: Path) -> Iterator[Daemon]:
-    """A daemon whose permits live for two seconds, with some history: two permits consumed."""
-    environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_PERMIT_TTL_SEC": "2"}
+    """A daemon whose permits live for three seconds, with some history: two permits consumed."""
+    environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_PERMIT_TTL_SEC": "3"}
     with flushed.client() as client, daemon(tmp_path, port=flushed.port, environ=environ) as running:
         for plan_id in ("a", "b"):
             permitted(client, plan_id, "BTCUSDT")
@@ -118,12 +118,12 @@ def test_what_redis_lost_comes_back_with_the_public_keys_and_a_hold_and_never_a_
     if not running:
         one.start()
     wait_for(lambda: events_of(client, "HISTORY_RESTORED"), what="HISTORY_RESTORED")
+    assert blocked(client, "d", "SOLUSDT") == "history_hold"
     after = stored(client)
     assert after[: len(before)] == before
     assert client.exists(STATE, "quantum:governor:exec:BTCUSDT") == 2
     if what == "everything":
         assert not client.exists("quantum:permit:c"), "a permit is never written back"
-    assert blocked(client, "d", "SOLUSDT") == "history_hold"
     publish(client, "a", "BTCUSDT")
     wait_for(lambda: [d for d in events_of(client, "DECISION") if d["reason"] == "duplicate_plan"])
     after_the_hold(client)
@@ -150,7 +150,7 @@ def test_a_server_that_was_killed_and_came_back_whole_holds_nothing_back(
 def test_a_server_that_kept_nothing_gets_all_of_it_back(own_server: RedisServer, tmp_path: Path) -> None:
     with (
         own_server.client() as client,
-        daemon(tmp_path, port=own_server.port, GOV_FALLBACK_QTY="0.001", GOV_PERMIT_TTL_SEC="2") as one,
+        daemon(tmp_path, port=own_server.port, GOV_FALLBACK_QTY="0.001", GOV_PERMIT_TTL_SEC="3") as one,
     ):
         permitted(client, "a", "BTCUSDT")
         before = stored(client)
@@ -223,12 +223,12 @@ def test_two_daemons_on_one_host_take_a_journal_each_and_both_know_everything(
 ) -> None:
     second = Daemon(tmp_path / "second", port=int(one.environ["REDIS_PORT"]), environ={"GOV_FALLBACK_QTY": "0.001"})
     second.environ["HOME"] = one.environ["HOME"]
-    second.environ["GOV_PERMIT_TTL_SEC"] = "2"
+    second.environ["GOV_PERMIT_TTL_SEC"] = "3"
     second.start()
     try:
         permitted(client, "c", "ETHUSDT")
-        slots = sorted(path.name for path in (one.home / ".local/state/quantum-governor/journal/quantum").iterdir())
-        assert [slot for slot in slots if slot.isdigit()] == ["0", "1"]
+        (account,) = one.home.rglob("journal/*/quantum")
+        assert sorted(path.name for path in account.iterdir() if path.name.isdigit()) == ["0", "1"]
         one.kill()
         before = stored(client)
         wait_for(lambda: journaled(second, one.home, before[-1].hash), what="the second one to know everything")

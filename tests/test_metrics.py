@@ -389,6 +389,10 @@ def test_the_state_is_1_where_it_is_and_0_elsewhere(state: str) -> None:
         ("store_up", False, "store_up", 0.0),
         ("loop_at", 12.5, "last_evaluation_timestamp_seconds", 12.5),
         ("inflight", 9, "plans_waiting", 9.0),
+        ("active", False, "active", 0.0),
+        ("quarantined", True, "quarantined", 1.0),
+        ("hold_seconds", 12.5, "hold_seconds", 12.5),
+        ("journal_up", False, "journal_up", 0.0),
         ("apply_dry_run", True, "apply_dry_run", 1.0),
     ],
 )

@@ -647,3 +647,13 @@ def test_a_stop_by_hand_finds_the_server_the_daemon_is_on() -> None:
         if row.name.startswith("REDIS_") or row.name == "GOV_KEY_PREFIX":
             assert row.field is not None
             assert getattr(stopping, row.field) == getattr(whole, row.field) != getattr(load({}), row.field), row.name
+
+
+def test_a_journal_belongs_to_one_server_unless_its_place_is_given() -> None:
+    here = {"STATE_DIRECTORY": "/var/lib/g"}
+    assert load(here).journal_dir == Path("/var/lib/g/journal/localhost_6379_0")
+    assert load(here | {"REDIS_HOST": "::1", "REDIS_DB": "2"}).journal_dir == Path("/var/lib/g/journal/__1_6379_2")
+    watched = here | {"REDIS_SENTINELS": "a:1,b:2", "REDIS_SENTINEL_NAME": "main"}
+    assert load(watched).journal_dir == Path("/var/lib/g/journal/main_0")
+    given = load(here | {"GOV_JOURNAL_DIR": "/srv/journal"})
+    assert (given.journal_dir, given.effective["GOV_JOURNAL_DIR"]) == (Path("/srv/journal"), "/srv/journal")

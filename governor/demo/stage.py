@@ -82,9 +82,13 @@ class Stage:
     def environ(self) -> dict[str, str]:
         """Environment of the daemon and of every command against it."""
         kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("GOV_", "REDIS_", "BINANCE_"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("GOV_", "REDIS_", "BINANCE_", "CREDENTIALS_"))
         }
         return kept | {
+            # Its own journal: another run's would be written back into this one's empty server.
+            "STATE_DIRECTORY": str(self.home / "state"),
             "PATH": f"{self.home / 'bin'}:{os.environ.get('PATH', '')}",
             "REDIS_HOST": "127.0.0.1",
             "REDIS_PORT": str(self.port),
