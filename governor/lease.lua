@@ -1,6 +1,7 @@
 -- Takes, renews or releases the lease. A script is one step for Redis: of all who ask, at most one has it.
 -- KEYS  the lease
--- ARGV  'take' or 'release', owner, owner as JSON, life in microseconds, highest epoch the caller has seen
+-- ARGV  'take' or 'release', owner, owner as JSON, life in microseconds, highest epoch the caller has seen,
+--       an owner that is known to have died ('' for none)
 -- Reply {owner ('' for nobody), epoch, microseconds left}, as it is after the call
 -- Uses GET, SET and TIME. Whatever is in the key is read as far as it makes sense; the rest counts as nobody's.
 
@@ -58,7 +59,7 @@ end
 
 -- With an epoch older than one seen before it is a copy brought back: not to be gone on with.
 local mine = lease.owner == owner and lease.epoch >= seen
-if lease.owner and lease.owner ~= owner and lease.left > 0 then
+if lease.owner and lease.owner ~= owner and lease.owner ~= ARGV[6] and lease.left > 0 then
   return reply(lease.owner, lease.epoch, lease.left)
 end
 local epoch, since = lease.epoch, lease.since

@@ -44,8 +44,31 @@ _SHORTEST_PAUSE_S: Final = 0.001
 
 def new_owner() -> str:
     """`<host>:<pid>:<random>`: a name no other process has, a restarted one included."""
-    host = re.sub(r"[^!-~]", "?", socket.gethostname())[:100]
-    return f"{host}:{os.getpid()}:{secrets.token_hex(4)}"
+    return f"{_host()}:{os.getpid()}:{secrets.token_hex(4)}"
+
+
+def _host() -> str:
+    """This host, and where its process numbers count: containers may share a name."""
+    try:
+        numbers = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        numbers = ""
+    return re.sub(r"[^!-~]|[:\[\]]", "~", f"{socket.gethostname()}~{numbers}")[:100]
+
+
+def died_here(owner: str) -> bool:
+    """Whether an owner was a process of this host that is no more. Of others nobody can tell."""
+    host, _, rest = owner.partition(":")
+    pid = rest.partition(":")[0]
+    if host != _host() or not (pid.isascii() and pid.isdecimal()) or int(pid) == 0:
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 class Lease:
@@ -107,6 +130,10 @@ class Lease:
         left = self._until - asked
         # A server that hangs must not hide that it ran out meanwhile.
         owned_s = await self._ask("take", within_s=min(self.life_s / 3, left) if left > 0 else self.life_s / 3)
+        if owned_s is not None and self.owner_now not in (None, self.owner) and died_here(self.owner_now or ""):
+            # A restart need not wait for the end of what nobody holds any more.
+            asked = self._clock()
+            owned_s = await self._ask("take", within_s=self.life_s / 3, dead=self.owner_now or "")
         if owned_s is None:
             self._due = self._clock() + self.life_s / 10
         elif self.owner_now == self.owner:
@@ -154,10 +181,10 @@ class Lease:
                 on_gained()
         return epoch
 
-    async def _ask(self, what: str, *, within_s: float) -> float | None:
+    async def _ask(self, what: str, *, within_s: float, dead: str = "") -> float | None:
         """Run the script. Returns the seconds that are left to whoever has it; None: there was no usable answer."""
         life_us = round(self.life_s * 1_000_000)
-        arguments = (1, self._key, what, self.owner, json.dumps(self.owner), life_us, self.epoch)
+        arguments = (1, self._key, what, self.owner, json.dumps(self.owner), life_us, self.epoch, dead)
         try:
             async with asyncio.timeout(within_s):
                 try:

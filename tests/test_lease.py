@@ -26,7 +26,7 @@ from events.types import Decision
 from governor import decider
 from governor.connection import now
 from governor.gates import Situation
-from governor.lease import LIFE, Lease, new_owner
+from governor.lease import LIFE, Lease, died_here, new_owner
 from governor.ledger import Ledger, Proposal
 from governor.plans import parse_plan
 from governor.policy import Policy
@@ -797,3 +797,23 @@ async def test_a_standby_takes_over_from_one_that_was_killed_within_the_promised
         await taken_over(standby)
         assert time.monotonic() - began < seconds
     assert standby.epoch == 2
+
+
+async def test_a_process_of_this_host_that_is_no_more_is_not_waited_for(place: Place) -> None:
+    host, _, rest = new_owner().partition(":")
+    gone = subprocess.Popen([sys.executable, "-c", ""])  # noqa: ASYNC220 - it ends at once
+    gone.wait()  # noqa: ASYNC222 - the same
+    assert await place.lease(f"{host}:{gone.pid}:dead").look()
+    after = place.lease(new_owner())
+    assert await after.look()
+    assert (after.epoch, after.owner_now) == (2, after.owner)
+    alive = place.lease(f"{host}:{os.getpid()}:other")
+    assert not await alive.look(), "one that lives is"
+    assert rest
+
+
+@pytest.mark.parametrize(
+    "owner", ["", "a", "a:b:c", "elsewhere:1:x", f"{new_owner().partition(':')[0]}:0:x", f"{new_owner()}"]
+)
+def test_of_what_is_no_dead_process_of_this_host_nobody_can_tell(owner: str) -> None:
+    assert not died_here(owner)

@@ -1,10 +1,12 @@
 """Three real Sentinels, a primary and two replicas, and what the program's own client makes of a failover."""
 
 import asyncio
+import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from governor.connection import client, connected, place, stream_on, watch
 from governor.durability import Server, changed, durability, identity, refusal
 from governor.settings import Settings, load
 from tests.conftest import NewServer, missing
+from tests.daemon import daemon, events_of, publish, wait_for
 from tests.servers import KINDS, Kind, RedisServer, ServerUnavailable, Watched
 from tests.test_store import Proxy
 
@@ -383,3 +386,37 @@ async def test_without_sentinels_there_is_nothing_to_watch(flushed: RedisServer)
         settings = load({"REDIS_HOST": flushed.host, "REDIS_PORT": str(flushed.port), "GOV_KEY_PREFIX": prefix})
         async with connected(settings) as redis_, asyncio.timeout(5):
             await watch(redis_)
+
+
+def test_a_daemon_goes_on_with_the_new_primary_and_holds_permits_back_for_one_life(
+    watched: Watched, tmp_path: Path
+) -> None:
+    environ = {"REDIS_SENTINELS": watched.addresses, "GOV_FALLBACK_QTY": "0.001", "GOV_PERMIT_TTL_SEC": "3"}
+    old = watched.primary()
+    with daemon(tmp_path, port=1, environ=environ) as one:
+        with old.client() as client:
+            publish(client, "before", "BTCUSDT")
+            wait_for(lambda: client.exists("quantum:permit:before"))
+            before = len(events_of(client))
+            client.wait(2, 1000)
+        old.kill()
+        wait_for(lambda: watched.primary() is not old, what="a new primary")
+        with watched.primary().client() as client:
+            wait_for(lambda: "another server" in one.log, what="the new primary found")
+            publish(client, "held", "ETHUSDT")
+            block: Any = wait_for(lambda: client.get("quantum:governor:block:held"), what="a verdict")
+            assert json.loads(block)["reason"] == "history_hold"
+            tried = iter(range(1000))
+
+            def passes() -> bool:
+                plan_id = f"after{next(tried)}"
+                publish(client, plan_id, "SOLUSDT", "UPDATE_SL")
+                wait_for(lambda: client.exists(f"quantum:permit:{plan_id}", f"quantum:governor:block:{plan_id}"))
+                return bool(client.exists(f"quantum:permit:{plan_id}"))
+
+            wait_for(passes, what="a permit after the hold")
+            publish(client, "before", "BTCUSDT")
+            wait_for(lambda: [d for d in events_of(client, "DECISION") if d["reason"] == "duplicate_plan"])
+            assert len(events_of(client)) > before
+        audit = one.json("replay")
+        assert (audit["differences"], audit["chain"]) == ([], "ok")
