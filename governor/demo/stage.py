@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -68,7 +69,8 @@ class Stage:
                 self.exchange.set_position(symbol, amount)
             for symbol, price in STILL.items():
                 self.exchange.set_price(symbol, price)
-            socket_path = self.home / "systemctl.sock"
+            # A socket's path may have about a hundred characters, and nobody knows how deep the demo's directory lies.
+            socket_path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="governor-"))) / "systemctl.sock"
             systemctl = await asyncio.start_unix_server(self._systemctl, path=str(socket_path))
             stack.callback(systemctl.close)
             stand_in = self.home / "bin" / "systemctl"
