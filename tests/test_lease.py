@@ -802,7 +802,7 @@ async def test_a_standby_takes_over_from_one_that_was_killed_within_the_promised
 async def test_a_process_of_this_host_that_is_no_more_is_not_waited_for(place: Place) -> None:
     host, _, rest = new_owner().partition(":")
     gone = subprocess.Popen([sys.executable, "-c", ""])  # noqa: ASYNC220 - it ends at once
-    gone.wait()  # noqa: ASYNC222 - the same
+    gone.wait()
     assert await place.lease(f"{host}:{gone.pid}:dead").look()
     after = place.lease(new_owner())
     assert await after.look()
