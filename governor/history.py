@@ -221,6 +221,8 @@ class Keeper:
             self.behind = None
         except DiskError as error:
             self._failed(error)
+            if self.quarantine is not None:  # nobody looked to the end, so it stands
+                raise QuarantineError(self.quarantine) from error
         except JournalError as error:
             raise self._contradicted(
                 f"the journal cannot be used: {error}; look at it, and move it away to begin a new one"

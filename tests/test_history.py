@@ -12,12 +12,18 @@ from urllib.error import HTTPError
 import pytest
 import redis
 
-from events.codec import decode, encode
-from events.types import Entry, Head, Recovered
+from events.chain import GENESIS
+from events.codec import decode, encode, encode_all
+from events.journal import DiskError, Journal
+from events.keys import Keys
+from events.store import Commit, MemoryStore
+from events.types import Entry, ErrorRecorded, Head, Recovered
 from governor.connection import Door
 from governor.connection import client as client_of
-from governor.durability import identity
+from governor.durability import Server, identity
 from governor.gate import PermitGate
+from governor.history import Keeper, QuarantineError
+from governor.ledger import Ledger
 from governor.settings import load
 from tests.daemon import Daemon, daemon, events_of, publish, wait_for
 from tests.servers import RedisServer
@@ -264,6 +270,37 @@ def test_a_journal_on_disk_before_every_permit(flushed: RedisServer, client: red
         permitted(client, "a", "BTCUSDT")
         journal = b"".join(path.read_bytes() for path in one.home.rglob("events-*.log"))
         assert b'"plan_id":"a"' in journal
+
+
+async def test_a_disk_that_fails_during_the_comparison_does_not_end_a_quarantine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def identify() -> Server:
+        return Server("run", "replid", "", "master", 1, "127.0.0.1:1")
+
+    def history(text: str) -> list[Entry]:
+        return encode_all([ErrorRecorded(kind="plan_lost", detail=text)], after=GENESIS, at=1)
+
+    now_us = 0
+    keeper = Keeper(lambda: Journal.open(tmp_path), identify, permit_ttl_us=1, clock=lambda: now_us)
+    ledger = Ledger(MemoryStore(), Keys("quantum"), lambda: now_us, keeper=keeper)
+    await ledger.store.commit(Commit(expected=GENESIS, entries=history("theirs")))
+    with Journal.open(tmp_path) as journal:
+        journal.append(history("ours"))
+    with pytest.raises(QuarantineError, match="two histories"):
+        await keeper.reconcile(ledger)
+    with monkeypatch.context() as patched:
+
+        def fails(*_: object) -> None:
+            raise DiskError("cannot be read: Input/output error")
+
+        patched.setattr("governor.history.compare", fails)
+        for _ in range(2):
+            now_us += 2_000_000
+            with pytest.raises(QuarantineError, match="two histories"):
+                await ledger.catch_up()
+    assert keeper.quarantine is not None
+    assert keeper.verdict == "quarantined"
 
 
 async def test_a_connection_that_leads_to_another_process_is_not_used_before_it_was_looked_at(
