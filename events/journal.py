@@ -4,14 +4,7 @@ What it is for: the day Redis comes back with less than it had. The journal then
 which permits were about to be given by a commit nobody saw the end of.
 
 On disk, the journal's directory holds slots `0`, `1`, …; a daemon takes one that nobody has locked. A slot holds
-segments, `events-<first seq>.log`; a segment holds records, one a line: `<crc32 of the rest> <kind> <JSON>`.
-
-    H  first of each segment: format, and the head before its first event
-    I  the intent: what the next commit is about to append, whole, onto which head, and to which server
-    C  the intent before was committed, up to this head
-    V  the intent before did not happen; the head is still this one
-    E  an event committed by somebody else, or by ourselves without an intent
-    N  a note for whoever reads it: no part of the history
+segments, `events-<first seq>.log`; `events.segments` says what is in them.
 
 A record goes to the kernel in one write before the call returns, so a killed process loses nothing. A power cut
 may tear the end of the last segment: what is not whole there is cut off when opening. Anything else that is not as it
@@ -33,451 +26,56 @@ What the caller does:
     reading on          `append`. After a DiskError, read the stream from `head.seq` on again.
 
 One thread at a time may write and read; `sync` and `sync_if_due` may be called from another.
-
-Errors:
-
-    JournalError
-     ├─ DiskError       it could not be written, synced or opened; what was to be written is not in it
-     ├─ DamagedError    what is on disk is not what was written
-     └─ MismatchError   what it was given does not continue what it holds
+Errors are those of `events.segments`.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import enum
 import errno
 import fcntl
 import os
 import re
-import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Literal, NamedTuple, Self, TypeAlias
-
-import msgspec
+from typing import Literal, Self, TypeAlias
 
 from events import chain
 from events.chain import GENESIS
+from events.histories import Intent
+from events.segments import (
+    DamagedError,
+    DiskError,
+    Found,
+    JournalError,
+    MismatchError,
+    Record,
+    Scan,
+    Segment,
+    committed_record,
+    entries_of,
+    event_record,
+    find,
+    head_of,
+    header_line,
+    intent_record,
+    note_record,
+    parse,
+    told,
+    void_record,
+)
 from events.types import Entry, Head
 
 SEGMENT_BYTES = 16 * 1024 * 1024
 SYNC_S = 0.5
 """Age at which `sync_if_due` syncs. Called twice a second, it keeps the promise of one second."""
 Fsync: TypeAlias = Literal["interval", "always"]
-Verdict: TypeAlias = Literal["committed", "void", "lost"]
 
-_FORMAT, _VERSION = "governor-journal", 1
-_SEGMENT = re.compile(r"events-(\d{20})(?:\.(\d+))?\.log")
 _SLOT = re.compile(r"0|[1-9][0-9]*")
 _SUFFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-
-
-class JournalError(Exception):
-    """The journal cannot do what it was asked; the subclass says why."""
-
-
-class DiskError(JournalError):
-    """The disk is full, read-only or broken, or the directory cannot be used."""
-
-
-class DamagedError(JournalError):
-    """A record is not what was written, or the chain does not hold (with the key it was opened with)."""
-
-
-class MismatchError(JournalError):
-    """What was given does not continue what the journal holds."""
-
-
-class Intent(NamedTuple):
-    """A commit about to be made."""
-
-    expected: Head
-    entries: tuple[Entry, ...]
-    server: str
-    """Identity of the server process it goes to, such as its run_id."""
-
-    @property
-    def head(self) -> Head:
-        """Where the stream ends once it is committed."""
-        return _head(self.entries[-1])
-
-
-class Relation(enum.Enum):
-    """How journal and stream relate."""
-
-    SAME = "same"
-    STREAM_LONGER = "stream longer"
-    """The journal is the beginning of the stream."""
-    JOURNAL_LONGER = "journal longer"
-    """The stream is the beginning of the journal."""
-    CONTRADICTION = "contradiction"
-
-
-class Comparison(NamedTuple):
-    """What `compare` found."""
-
-    relation: Relation
-    at: Head | None
-    """The last event both have; None in a contradiction, and where the stream has the journal's last event no more."""
-
-
-def compare(
-    journal_head: Head,
-    journal_hash_at: Callable[[int], str | None],
-    stream_head: Head,
-    stream_hash_at: Callable[[int], str | None],
-) -> Comparison:
-    """How the journal and the stream relate.
-
-    At most one hash is asked for, once: that of the shorter one's last event, in the longer one.
-
-    Args:
-        journal_head: `Journal.head`.
-        journal_hash_at: `Journal.hash_at`.
-        stream_head: where the stream ends.
-        stream_hash_at: hash of a stream's event, None for one it no longer has because its beginning was archived.
-            That is no contradiction. A journal that does not reach back to where the stream ends is one, because
-            nothing can be written back then. An empty journal or stream is the beginning of everything.
-    """
-    shorter = min(journal_head, stream_head, key=lambda head: head.seq)
-    found: str | None
-    if journal_head.seq == stream_head.seq:
-        relation, found = Relation.SAME, stream_head.hash
-    elif shorter is journal_head:
-        relation, found = Relation.STREAM_LONGER, _hash_at(stream_hash_at, shorter.seq)
-        if found is None:
-            return Comparison(relation, None)
-    else:
-        relation, found = Relation.JOURNAL_LONGER, _hash_at(journal_hash_at, shorter.seq)
-    return Comparison(relation, shorter) if found == shorter.hash else Comparison(Relation.CONTRADICTION, None)
-
-
-def settle(intent: Intent, stream_head: Head, hash_at_seq: Callable[[int], str | None], server: str) -> Verdict:
-    """What became of a commit whose end nobody saw.
-
-    Args:
-        intent: what was about to be committed.
-        stream_head: where the stream ends now.
-        hash_at_seq: hash of a stream's event, None for one it does not have. Asked at most once, for one of the
-            intent's.
-        server: identity of the server process that was asked.
-
-    Returns:
-        "committed": it is in the stream. "void": it did not happen; something else stands in its place, or the same
-        server process still ends where the commit began. "lost": it may have happened and been lost with the server.
-        A stream whose beginning was archived beyond the intent cannot tell: "void", so that nothing unproven is kept.
-        After "void" a copy of the commit may still arrive from a connection that was not closed; `Journal.append` takes
-        its events like anybody's.
-    """
-    first, last = intent.entries[0], intent.entries[-1]
-    if stream_head.seq >= first.seq:
-        witness = intent.entries[min(stream_head.seq, last.seq) - first.seq]
-        return "committed" if hash_at_seq(witness.seq) == witness.hash else "void"
-    if stream_head == intent.expected and server == intent.server:
-        return "void"
-    return "lost"
-
-
-def _hash_at(hash_at: Callable[[int], str | None], seq: int) -> str | None:
-    return GENESIS.hash if seq == GENESIS.seq else hash_at(seq)
-
-
-def _head(entry: Entry) -> Head:
-    return Head(entry.seq, entry.hash)
-
-
-def _told(head: Head) -> str:
-    return f"{head.seq} ({head.hash[:8]}…)"
-
-
-# --- records -------------------------------------------------------------------------------------------------------
-
-
-class _Header(msgspec.Struct, frozen=True):
-    format: str
-    version: int
-    after: Head
-
-
-class _Stored(msgspec.Struct, frozen=True):
-    event: str
-    seq: int
-    timestamp: str
-    data: msgspec.Raw
-    """The event's own bytes; as a string, in base64, where they would not come back as they were."""
-    hash: str
-
-
-class _StoredIntent(msgspec.Struct, frozen=True):
-    expected: Head
-    server: str
-    entries: list[_Stored]
-
-
-class _Object(msgspec.Struct, frozen=True):
-    """Any JSON object."""
-
-
-_ENCODE = msgspec.json.Encoder().encode
-_OBJECT = msgspec.json.Decoder(_Object)
-_HEADER = msgspec.json.Decoder(_Header)
-_HEAD = msgspec.json.Decoder(Head)
-_EVENT = msgspec.json.Decoder(_Stored)
-_INTENT = msgspec.json.Decoder(_StoredIntent)
-
-
-class _Record(NamedTuple):
-    kind: Literal["I", "C", "V", "E", "N"]
-    line: bytes
-    before: Head
-    """The head before it: where a segment that begins with it begins."""
-    entries: tuple[Entry, ...] = ()
-    """The events it makes part of the history."""
-
-
-def _line(kind: str, payload: bytes) -> bytes:
-    rest = b"%c %b" % (kind.encode(), payload)
-    return b"%08x %b\n" % (zlib.crc32(rest), rest)
-
-
-def _parse(line: bytes) -> tuple[str, bytes] | None:
-    """Kind and payload of a line without its end, or None when it is not whole."""
-    rest = line[9:]
-    if line[:9] != b"%08x " % zlib.crc32(rest) or rest[1:2] != b" ":
-        return None
-    return chr(rest[0]), rest[2:]
-
-
-def _is_verbatim(data: bytes) -> bool:
-    """Whether data inside a line comes back as the bytes it was: one JSON object, and nothing around it."""
-    if data[:1] != b"{" or data[-1:] != b"}" or b"\n" in data:
-        return False
-    try:
-        _OBJECT.decode(data)
-    except msgspec.MsgspecError:
-        return False
-    return True
-
-
-def _stored(entry: Entry) -> _Stored:
-    data = entry.data if _is_verbatim(entry.data) else b'"%b"' % base64.b64encode(entry.data)
-    return _Stored(entry.name, entry.seq, entry.timestamp, msgspec.Raw(data), entry.hash)
-
-
-def _entry(stored: _Stored) -> Entry:
-    data = bytes(stored.data)
-    if data.startswith(b'"'):
-        data = base64.b64decode(data[1:-1], validate=True)
-    return Entry(stored.event, stored.seq, stored.timestamp, data, stored.hash)
-
-
-def _intent_record(intent: Intent) -> _Record:
-    payload = _ENCODE(_StoredIntent(intent.expected, intent.server, [_stored(entry) for entry in intent.entries]))
-    return _Record("I", _line("I", payload), intent.expected)
-
-
-def _entries_of(kind: str, payload: bytes) -> list[Entry]:
-    """The entries an `I` or `E` holds."""
-    return [_entry(stored) for stored in (_INTENT.decode(payload).entries if kind == "I" else [_EVENT.decode(payload)])]
-
-
-# --- a segment, read -----------------------------------------------------------------------------------------------
-
-
-class _Scan:
-    """The fold over a segment's records.
-
-    Args:
-        key: of the chain, if it is keyed.
-    """
-
-    def __init__(self, key: bytes | None) -> None:
-        self._key = key
-        self._first = 0
-        self.after: Head | None = None
-        self.head = GENESIS
-        self.index = array("Q")
-        """Where the record of each event begins, by event."""
-        self.intent: Intent | None = None
-        self.intent_at = 0
-        self.whole = 0
-        """Bytes up to the end of the last whole record."""
-        self.torn: str | None = None
-
-    def read(self, path: Path, first: int, *, until: Head | None = None) -> Self:
-        """Take in a segment.
-
-        Args:
-            path: of the segment.
-            first: number of its first event, by its name.
-            until: where the next segment begins; None for the last one, the end of which may be torn.
-
-        Raises:
-            DamagedError: naming file, line and problem.
-            OSError: it cannot be read.
-        """
-        blob = path.read_bytes()
-        number = 0
-        self._first = first
-        while self.whole < len(blob) and not self._reached(until):
-            number += 1
-            end = blob.find(b"\n", self.whole)
-            record = _parse(blob[self.whole : end]) if end >= 0 else None
-            if record is None:
-                if until is not None or _holds_a_record(blob[end + 1 :] if end >= 0 else b""):
-                    raise DamagedError(f"{path}, line {number}: the record is not what was written (checksum)")
-                self.torn = f"{path.name}: {len(blob) - self.whole} bytes after line {number - 1} were no whole record"
-                break
-            try:
-                self._apply(*record)
-            except (msgspec.MsgspecError, chain.ChainError, ValueError) as error:
-                raise DamagedError(f"{path}, line {number}: {error}") from error
-            self.whole = end + 1
-        if until is not None and self.head != until:
-            raise DamagedError(
-                f"{path}, line {number}: it ends at event {_told(self.head)}, the next one follows {_told(until)}"
-            )
-        return self
-
-    def _reached(self, until: Head | None) -> bool:
-        return until is not None and self.after is not None and self.head.seq >= until.seq
-
-    def _apply(self, kind: str, payload: bytes) -> None:
-        if (self.after is None) != (kind == "H"):
-            raise ValueError(
-                f"a record {kind!r} where {'a header' if self.after is None else 'no header'} was expected"
-            )
-        match kind:
-            case "H":
-                self.after = self.head = _header(payload, self._first)
-            case "I":
-                self._no_intent(kind)
-                stored = _INTENT.decode(payload)
-                entries = tuple(_entry(each) for each in stored.entries)
-                if stored.expected != self.head or not entries:
-                    raise ValueError(f"an intent after event {stored.expected.seq}, expected {self.head.seq}")
-                self._verify(entries)
-                self.intent, self.intent_at = Intent(stored.expected, entries, stored.server), self.whole
-            case "C":
-                head = _HEAD.decode(payload)
-                count = _count(self._one_intent(kind), head)
-                self.index.extend([self.intent_at] * count)
-                self.head, self.intent = head, None
-            case "V":
-                if _HEAD.decode(payload) != self._one_intent(kind).expected:
-                    raise ValueError("an intent is void that is not the one before")
-                self.intent = None
-            case "E":
-                self._no_intent(kind)
-                entry = _entry(_EVENT.decode(payload))
-                self._verify([entry])
-                self.index.append(self.whole)
-                self.head = _head(entry)
-            case "N":
-                _OBJECT.decode(payload)
-            case _:
-                raise ValueError(f"a record of unknown kind {kind!r}")
-
-    def _verify(self, entries: Sequence[Entry]) -> None:
-        for _ in chain.verify(entries, after=self.head, key=self._key):
-            pass
-
-    def _no_intent(self, kind: str) -> None:
-        if self.intent is not None:
-            raise ValueError(f"a record {kind!r} while the intent before is open")
-
-    def _one_intent(self, kind: str) -> Intent:
-        if self.intent is None:
-            raise ValueError(f"a record {kind!r} without an intent before it")
-        return self.intent
-
-
-def _count(intent: Intent, head: Head) -> int:
-    """How many of the intent's events lead to a head.
-
-    Raises:
-        ValueError: none of them does.
-    """
-    for count, entry in enumerate(intent.entries, 1):
-        if entry.seq == head.seq and entry.hash == head.hash:
-            return count
-    raise ValueError(f"event {head.seq} is not one the intent before was about to commit")
-
-
-def _header(payload: bytes, first: int) -> Head:
-    header = _HEADER.decode(payload)
-    if (header.format, header.version) != (_FORMAT, _VERSION):
-        raise ValueError(
-            f"format {header.format!r} version {header.version}, this program reads {_FORMAT!r} version {_VERSION}"
-        )
-    if header.after.seq != first - 1:
-        raise ValueError(f"it follows event {header.after.seq}, by its name it follows {first - 1}")
-    return header.after
-
-
-def _holds_a_record(blob: bytes) -> bool:
-    return any(_parse(line) is not None for line in blob.split(b"\n")[:-1])
-
-
-class _Segment:
-    """A segment's file. `index` is None until somebody reads it."""
-
-    def __init__(self, path: Path, first: int, after: Head | None = None, index: array[int] | None = None) -> None:
-        self.path = path
-        self.first = first
-        self.index = index
-        self._after = after
-
-    @property
-    def after(self) -> Head:
-        """The head before its first event."""
-        if self._after is None:
-            with self.path.open("rb") as file:
-                record = _parse(file.readline()[:-1])
-            try:
-                if record is None or record[0] != "H":
-                    raise ValueError("no header")
-                self._after = _header(record[1], self.first)
-            except (msgspec.MsgspecError, ValueError) as error:
-                raise DamagedError(f"{self.path}, line 1: {error}") from error
-        return self._after
-
-
-class _Found(NamedTuple):
-    """What a slot holds."""
-
-    segments: list[_Segment]
-    scan: _Scan
-    """Of the last segment."""
-    stillborn: list[Path]
-    """Segments that ended before their header."""
-
-
-def _find(slot: Path, key: bytes | None) -> _Found:
-    named = [(match, path) for path in slot.iterdir() if (match := _SEGMENT.fullmatch(path.name))]
-    ordered = sorted((int(match[1]), int(match[2] or 0), path) for match, path in named)
-    segments = [_Segment(path, first) for first, _, path in ordered]
-    stillborn: list[Path] = []
-    torn = None
-    while segments:
-        scan = _Scan(key).read(segments[-1].path, segments[-1].first)
-        if scan.after is not None:
-            segments[-1].index = scan.index
-            scan.torn = torn or scan.torn
-            return _Found(segments, scan, stillborn)
-        torn = torn or scan.torn or f"{segments[-1].path.name}: empty"
-        stillborn.append(segments.pop().path)
-    scan = _Scan(key)
-    scan.torn = torn
-    return _Found([], scan, stillborn)
-
-
-# --- the journal ---------------------------------------------------------------------------------------------------
 
 
 class Journal:
@@ -487,7 +85,7 @@ class Journal:
         self,
         slot: Path,
         lock: int,
-        found: _Found,
+        found: Found,
         *,
         key: bytes | None,
         fsync: Fsync,
@@ -515,9 +113,9 @@ class Journal:
         self._size = found.scan.whole
         self._uneven = False
         """Whether there may be bytes behind `_size`, of a write that failed."""
-        self._unsynced = [_intent_record(self._intent)] if self._intent else []
+        self._unsynced = [intent_record(self._intent)] if self._intent else []
         """Written, not known to be on disk. An open intent stays: its `C` must not be written anywhere without it."""
-        self._pending: list[_Record] = []
+        self._pending: list[Record] = []
         """Not written, though the journal has gone on: they go first with the next write."""
         self._write_problem: str | None = None
         self._sync_problem: str | None = None
@@ -624,12 +222,12 @@ class Journal:
             raise MismatchError(f"the intent after event {self._intent.expected.seq} is not settled")
         if expected != self._head or not entries:
             raise MismatchError(
-                f"an intent of {len(entries)} events after {_told(expected)}, the journal ends at {_told(self._head)}"
+                f"an intent of {len(entries)} events after {told(expected)}, the journal ends at {told(self._head)}"
             )
         self._verify(intent.entries)
         self._make_room()
         with self._lock:
-            self._write([_intent_record(intent)])
+            self._write([intent_record(intent)])
             self._intent = intent
         if self._fsync == "always":
             try:
@@ -637,7 +235,7 @@ class Journal:
             except DiskError:
                 with self._lock:
                     self._intent = None
-                    self._pending.append(_void_record(expected))
+                    self._pending.append(void_record(expected))
                 raise
 
     def committed(self, head: Head) -> None:
@@ -653,8 +251,8 @@ class Journal:
         with self._lock:
             intent = self._open_intent()
             if head != intent.head:
-                raise MismatchError(f"event {_told(head)} is not the end of the intent, {_told(intent.head)}")
-            record = _committed_record(intent, len(intent.entries))
+                raise MismatchError(f"event {told(head)} is not the end of the intent, {told(intent.head)}")
+            record = committed_record(intent, len(intent.entries))
             self._head, self._intent = head, None
             self._write_or_keep(record)
 
@@ -666,7 +264,7 @@ class Journal:
             MismatchError: there is no intent.
         """
         with self._lock:
-            record = _void_record(self._open_intent().expected)
+            record = void_record(self._open_intent().expected)
             self._intent = None
             self._write_or_keep(record)
 
@@ -686,14 +284,14 @@ class Journal:
                 raise MismatchError(f"event {entry.seq} is {entry.hash}, the journal has {held}")
         self._verify(new)
         records, rest = self._settled_by(new)
-        head = _head(records[-1].entries[-1]) if records and records[-1].entries else self._head
+        head = head_of(records[-1].entries[-1]) if records and records[-1].entries else self._head
         size = self._size
         for entry in rest:
             if size >= self._segment_bytes:
                 self._take_over(records, head)
                 records, size = [], self._size
-            records.append(_Record("E", _line("E", _ENCODE(_stored(entry))), head, (entry,)))
-            head, size = _head(entry), size + len(records[-1].line)
+            records.append(event_record(entry, head))
+            head, size = head_of(entry), size + len(records[-1].line)
         self._take_over(records, head)
 
     def note(self, text: str) -> None:
@@ -703,7 +301,7 @@ class Journal:
             DiskError: it cannot.
         """
         with self._lock:
-            self._write([_Record("N", _line("N", _ENCODE({"note": text})), self._head)])
+            self._write([note_record(text, self._head)])
 
     def entry(self, seq: int) -> Entry | None:
         """An event, or None if the journal does not have it.
@@ -866,7 +464,7 @@ class Journal:
             os.ftruncate(self._descriptor, self._size)
         os.fdatasync(self._descriptor)  # what a killed process had written and not synced
 
-    def _write(self, records: Sequence[_Record]) -> None:
+    def _write(self, records: Sequence[Record]) -> None:
         """Write what is pending and then these, all or nothing."""
         self._held()
         records = [*self._pending, *records]
@@ -888,7 +486,7 @@ class Journal:
         self._pending = []
         self._unsynced += records
 
-    def _take_over(self, records: Sequence[_Record], head: Head) -> None:
+    def _take_over(self, records: Sequence[Record], head: Head) -> None:
         if not records:
             return
         if records[0].kind == "E":
@@ -897,7 +495,7 @@ class Journal:
             self._write(records)
             self._head, self._intent = head, None
 
-    def _write_or_keep(self, record: _Record) -> None:
+    def _write_or_keep(self, record: Record) -> None:
         try:
             self._write([record])
         except DiskError:
@@ -921,7 +519,7 @@ class Journal:
     def _begin(self, after: Head, block: bytes) -> None:
         """A new segment that begins with these records."""
         path = self._new_path(after.seq + 1)
-        header = _line("H", _ENCODE(_Header(_FORMAT, _VERSION, after)))
+        header = header_line(after)
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             _write_all(descriptor, header + block)
@@ -936,7 +534,7 @@ class Journal:
         self._descriptor, self._size, self._uneven = descriptor, len(header) + len(block), False
         for segment in self._segments[:-1]:
             segment.index = None
-        self._segments.append(_Segment(path, after.seq + 1, after, array("Q")))
+        self._segments.append(Segment(path, after.seq + 1, after, array("Q")))
 
     def _new_path(self, first: int) -> Path:
         path, generation = self.slot / f"events-{first:020d}.log", 0
@@ -945,7 +543,7 @@ class Journal:
             path = self.slot / f"events-{first:020d}.{generation}.log"
         return path
 
-    def _note(self, records: Sequence[_Record], offset: int) -> None:
+    def _note(self, records: Sequence[Record], offset: int) -> None:
         """Remember where the events are that these records, written at an offset, make part of the history."""
         index = self._segments[-1].index
         assert index is not None
@@ -998,11 +596,11 @@ class Journal:
         with segment.path.open("rb") as file:
             while len(found) < limit and (at := seq + len(found) - segment.first) < len(index):
                 file.seek(index[at])
-                record = _parse(file.readline()[:-1])
+                record = parse(file.readline()[:-1])
                 wanted = range(segment.first + at, segment.first + min(at + limit - len(found), len(index)))
                 entries = [
                     entry
-                    for entry in (_entries_of(*record) if record else [])
+                    for entry in (entries_of(*record) if record else [])
                     if entry.seq in wanted and index[entry.seq - segment.first] == index[at]
                 ]
                 if not entries:
@@ -1021,7 +619,7 @@ class Journal:
             for other in self._segments[:-1]:
                 other.index = None
             segment.index = (
-                _Scan(self._key).read(segment.path, segment.first, until=self._segments[place + 1].after).index
+                Scan(self._key).read(segment.path, segment.first, until=self._segments[place + 1].after).index
             )
         return segment.index
 
@@ -1043,7 +641,7 @@ class Journal:
         except chain.ChainError as error:
             raise MismatchError(f"not a continuation of event {self._head.seq}: {error}") from error
 
-    def _settled_by(self, new: Sequence[Entry]) -> tuple[list[_Record], Sequence[Entry]]:
+    def _settled_by(self, new: Sequence[Entry]) -> tuple[list[Record], Sequence[Entry]]:
         """What the stream's next events say of the open intent, and those of them that are not its own."""
         if self._intent is None or not new:
             return [], new
@@ -1052,23 +650,14 @@ class Journal:
         while same < min(len(own), len(new)) and own[same].hash == new[same].hash:
             same += 1
         if same in (len(own), len(new)):
-            return [_committed_record(self._intent, same)], new[same:]
-        return [_void_record(self._intent.expected)], new
-
-
-def _committed_record(intent: Intent, count: int) -> _Record:
-    entries = intent.entries[:count]
-    return _Record("C", _line("C", _ENCODE(_head(entries[-1]))), intent.expected, entries)
-
-
-def _void_record(expected: Head) -> _Record:
-    return _Record("V", _line("V", _ENCODE(expected)), expected)
+            return [committed_record(self._intent, same)], new[same:]
+        return [void_record(self._intent.expected)], new
 
 
 # --- slots and files -----------------------------------------------------------------------------------------------
 
 
-def _choose(directory: Path, key: bytes | None) -> tuple[Path, int, _Found]:
+def _choose(directory: Path, key: bytes | None) -> tuple[Path, int, Found]:
     """The slot to take, its lock, and what it holds."""
     numbers = sorted(int(path.name) for path in directory.iterdir() if _SLOT.fullmatch(path.name))
     new = directory / str(numbers[-1] + 1 if numbers else 0)
@@ -1080,7 +669,7 @@ def _choose(directory: Path, key: bytes | None) -> tuple[Path, int, _Found]:
             new.mkdir(mode=0o700)
             _sync_directory(directory)
             free[new] = _lock(new / "lock", fcntl.LOCK_EX)
-        found = {slot: _find(slot, key) for slot in free}
+        found = {slot: find(slot, key) for slot in free}
         slot = max(found, key=lambda slot: found[slot].scan.head.seq)
         return slot, free.pop(slot), found[slot]
     finally:

@@ -24,7 +24,9 @@ import msgspec
 import structlog
 
 from events.codec import CodecError, decode
-from events.journal import DiskError, Journal, JournalError, Relation, compare, settle
+from events.histories import Relation, compare, settle
+from events.journal import Journal
+from events.segments import DiskError, JournalError
 from events.store import Commit, ConflictError, EventStore, StoreError, UnavailableError
 from events.types import Entry, Head, HistoryAccepted, HistoryRestored
 from governor.durability import Server, changed

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterable, Sequence
 from events import chain
 from events.chain import GENESIS
 from events.files import FileStore
+from events.histories import compare
 from events.store import Commit
 from events.types import Entry, Head, HistoryRestored
 from governor.ledger import Ledger, Proposal
@@ -71,8 +72,8 @@ async def _common_head(ledger: Ledger, copy: FileStore) -> Head:
     """Where the stream ends, if the copy contains that; or the copy's end, if the stream contains that."""
     ends, copied = await ledger.store.head(), await copy.head()
     longer, shorter, end = (copy, "the stream", ends) if ends.seq <= copied.seq else (ledger.store, "the copy", copied)
-    at = [Head(entry.seq, entry.hash) for entry in await longer.read(end.seq - 1, limit=1)] if end.seq else [GENESIS]
-    if at != [end]:
+    held = {entry.seq: entry.hash for entry in await longer.read(end.seq - 1, limit=1)} if end.seq else {}
+    if compare(copied, held.get, ends, held.get).at is None:
         raise ContradictionError(
             f"{shorter} ends at event {end.seq} with hash {end.hash}, and the other one has another event there: "
             "these are two histories, nothing was written"

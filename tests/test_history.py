@@ -14,8 +14,9 @@ import redis
 
 from events.chain import GENESIS
 from events.codec import decode, encode, encode_all
-from events.journal import DiskError, Journal
+from events.journal import Journal
 from events.keys import Keys
+from events.segments import DiskError
 from events.store import Commit, MemoryStore
 from events.types import Entry, ErrorRecorded, Head, Recovered
 from governor.connection import Door

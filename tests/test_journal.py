@@ -20,28 +20,13 @@ from hypothesis import strategies as st
 
 from events.chain import GENESIS, link
 from events.codec import encode_all
-from events.journal import (
-    Comparison,
-    DamagedError,
-    DiskError,
-    Fsync,
-    Intent,
-    Journal,
-    JournalError,
-    MismatchError,
-    Relation,
-    Verdict,
-    compare,
-    settle,
-)
+from events.histories import Comparison, Intent, Relation, Verdict, compare, settle
+from events.journal import Fsync, Journal
+from events.segments import DamagedError, DiskError, JournalError, MismatchError, head_of
 from events.types import Entry, ErrorRecorded, Head
 
 AT = 1_763_870_400_123_456
 OTHER = Head(3, "e" * 64)
-
-
-def head_of(entry: Entry) -> Head:
-    return Head(entry.seq, entry.hash)
 
 
 def some(count: int, *, after: Head = GENESIS, text: str = "ü", key: bytes | None = None) -> list[Entry]:
