@@ -43,10 +43,9 @@ from events.types import (
 )
 from governor import decider
 from governor.gates import Situation
-from governor.market import Market
 from governor.plans import MalformedPlanError, Plan, parse_plan
 from governor.policy import Policy, from_texts
-from governor.results import Result, parse_result
+from governor.recorded import history_of, market_of, result_of
 from projections.state import State, digest, evolve, initial
 
 NO_POLICIES: Mapping[str, Policy] = MappingProxyType({})
@@ -307,7 +306,7 @@ def _plan(state: State, received: PlanReceived, decision: Decision, policy: Poli
         now=at,
         apply_mode=decision.apply_mode,
         halt=decision.halt,
-        history=_history(state, decision, at),
+        history=history_of(state, decision, at),
     )
     fields, settings = received.fields, decision.settings
     try:
@@ -315,45 +314,15 @@ def _plan(state: State, received: PlanReceived, decision: Decision, policy: Poli
         if decision.reason == "evaluation_error":
             error = decision.error or ""
             return decider.fail(state, plan, policy, situation, fields=fields, error=error, settings=settings).events
-        return decider.decide(
-            state, plan, _market(decision), policy, situation, fields=fields, settings=settings
-        ).events
+        market = market_of(decision) if decision.asked else None
+        return decider.decide(state, plan, market, policy, situation, fields=fields, settings=settings).events
     except (MalformedPlanError, decider.MarketNeededError):
         return ()
 
 
-def _history(state: State, decision: Decision, at: int) -> str:
-    """Input of the first gate. A hold that the events ask for is found again; another one came from outside."""
-    held = decision.history == "history_hold" and at >= state.hold_until
-    return decision.history if held or decision.history == "quarantined" else "whole"
-
-
-def _market(decision: Decision) -> Market | None:
-    if not decision.asked:
-        return None
-    return Market(
-        legs=decision.legs,
-        mark_price=decision.mark_price,
-        position_error=decision.position_error,
-        price_error=decision.price_error,
-    )
-
-
 def _execution(state: State, event: Execution, policy: Policy, at: int) -> Sequence[Event]:
-    if not event.truncated:
-        result = parse_result(event.fields, entry_id=event.entry_id)
-        return decider.execution(state, result, policy, at, fields=event.fields)
-    result = Result(
-        plan_id=event.plan_id,
-        symbol=event.symbol,
-        decision=event.decision,
-        entry_id=event.entry_id,
-        executed=event.executed,
-        error=event.error,
-        step_failed=event.failed,
-        executed_qty=event.executed_qty,
-    )
-    return _as_cut(decider.execution(state, result, policy, at, fields=event.fields))
+    led_to = decider.execution(state, result_of(event), policy, at, fields=event.fields)
+    return _as_cut(led_to) if event.truncated else led_to
 
 
 def _rejected(state: State, event: PlanRejected, policy: Policy, at: int) -> Sequence[Event]:

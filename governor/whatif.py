@@ -19,7 +19,6 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -64,13 +63,13 @@ from governor.outcome import (
 )
 from governor.plans import MalformedPlanError, parse_plan
 from governor.policy import NAMES, SYMBOL_NAMES, Limits, Policy, from_texts, read
-from governor.results import Result, parse_result
+from governor.recorded import history_of, market_of, result_of
+from governor.replay import NO_POLICIES
 from governor.world import STATES, Rules, World, series
 from projections.state import DISARMED, State
 
 __all__ = ["Outcome", "WhatIf", "check_overrides", "lines", "parse_overrides"]
 
-NO_POLICIES: Mapping[str, Policy] = MappingProxyType({})
 PERMITTED = ("outstanding", "consumed", "expired")
 """What becomes of a permit that a client could use."""
 OVERRIDABLE = tuple(name for name in (*SYMBOL_NAMES, *NAMES) if name != "credentials")
@@ -319,7 +318,7 @@ class WhatIf:
                 if not self._happens(event, at):
                     self._assumptions["results_left_out"] += 1
                     return ()
-                return decider.execution(state, _result(event), policy, at, fields=event.fields)
+                return decider.execution(state, result_of(event), policy, at, fields=event.fields)
             case PermitExpired():
                 return decider.take_back(state, event.plan_id, gone=False, now=at)
             case PermitConsumed():
@@ -438,7 +437,7 @@ class WhatIf:
         if was.mode != DISARMED:
             self._apply_mode = was.apply_mode
         if was.asked and was.legs is not None:
-            self._looks[was.symbol] = _Look(recorded.seq, recorded.at, _market(was))
+            self._looks[was.symbol] = _Look(recorded.seq, recorded.at, market_of(was))
 
     def _mode(self, was: Decision) -> str | None:
         """APPLY_MODE in the other world."""
@@ -451,7 +450,7 @@ class WhatIf:
     ) -> tuple[Sequence[Event], Assumed | None]:
         """What a plan leads to in the other world. No events: it cannot be decided again."""
         policy = self._policies.get(was.settings, self._now).computed
-        history = "quarantined" if was.history == "quarantined" else "whole"
+        history = history_of(self.recorded, was, at)
         situation = Situation(now=at, apply_mode=apply_mode, halt=was.halt, history=history)
         fields, settings, state = received.fields, was.settings, self.computed
         try:
@@ -464,7 +463,7 @@ class WhatIf:
             return failed.events, None
         known = (policy, situation)
         try:
-            seen = _market(was) if was.asked else None
+            seen = market_of(was) if was.asked else None
             return decider.decide(state, plan, seen, *known, fields=fields, settings=settings).events, None
         except decider.MarketNeededError:
             look = self._looks.get(plan.symbol)
@@ -516,27 +515,3 @@ def _done(started: DisarmStarted) -> Event:
     told: dict[str, Any] = {"reason": started.reason, "context": started.context, "epoch": started.epoch}
     told["action_taken"] = decider.ACTION_TAKEN
     return ManualDisarm(operator=started.operator or "", **told) if started.manual else AutoDisarm(**told)
-
-
-def _result(event: Execution) -> Result:
-    if not event.truncated:
-        return parse_result(event.fields, entry_id=event.entry_id)
-    return Result(
-        plan_id=event.plan_id,
-        symbol=event.symbol,
-        decision=event.decision,
-        entry_id=event.entry_id,
-        executed=event.executed,
-        error=event.error,
-        step_failed=event.failed,
-        executed_qty=event.executed_qty,
-    )
-
-
-def _market(decision: Decision) -> Market:
-    return Market(
-        legs=decision.legs,
-        mark_price=decision.mark_price,
-        position_error=decision.position_error,
-        price_error=decision.price_error,
-    )

@@ -567,6 +567,17 @@ def test_a_plan_that_cannot_be_decided_again_is_taken_as_recorded_and_said_so() 
     assert it.computed.counts.allowed == 1
 
 
+def test_a_hold_after_a_failover_holds_in_the_other_world_too() -> None:
+    past = Past()
+    past.history = "history_hold"
+    past.plans("held")
+    past.history = "whole"
+    past.plans("free")
+    assert verdicts(past) == {"held": "history_hold", "free": "EXECUTE"}
+    assert told(what_if(past)) == {}
+    assert told(what_if(past, GOV_MAX_EXEC_PER_5MIN="0")) == {"free": ("EXECUTE", "burst_limit_exceeded")}
+
+
 def test_a_history_that_stops_between_a_plan_and_its_decision_is_no_difference() -> None:
     past = Past().plans("p1", "p2")
     it = WhatIf({})
