@@ -36,7 +36,7 @@ def public(client: redis.Redis) -> dict[str, Any]:
     return {
         name: client.lrange(name, 0, -1) if client.type(name) == "list" else client.get(name)
         for name in sorted(names)
-        if ":block:" not in name
+        if ":block:" not in name and not name.endswith(":lease")
     }
 
 
