@@ -372,3 +372,15 @@ def find(slot: Path, key: bytes | None) -> Found:
     scan = Scan(key)
     scan.torn = torn
     return Found([], scan, stillborn)
+
+
+def holds_events(directory: Path) -> bool:
+    """Whether any slot of a journal's directory holds an event; False too where it may not be read. Takes no lock."""
+    try:
+        for path in directory.glob("*/events-*.log"):
+            with path.open("rb") as file:
+                if any(line[9:10] in (b"E", b"C") for line in file):
+                    return True
+    except OSError:
+        pass
+    return False

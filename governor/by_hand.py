@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from events.segments import holds_events
 from events.store import StoreError, Write
 from events.types import HistoryAccepted
 from governor import decider, disarming
 from governor.actuator import Actuator, ActuatorError, PendingNote, Proof
-from governor.connection import connected, ledger_on, now
+from governor.connection import connected, ledger_on, now, place
 from governor.ledger import Ledger, Proposal
 from governor.settings import Settings
 from governor.status import policy_of
@@ -39,6 +40,7 @@ async def disarm(settings: Settings, *, reason: str, operator: str) -> dict[str,
             # The brake first: it takes effect with this write, whatever a busy daemon commits meanwhile.
             await ledger.store.write([Write("set", ledger.keys.halt, (brake,))])
             await ledger.open()
+            _refuse_emptied(ledger, settings)
             mode = actuator.apply_mode()
             outcome = await ledger.propose(
                 lambda state, _now: Proposal(
@@ -52,6 +54,18 @@ async def disarm(settings: Settings, *, reason: str, operator: str) -> dict[str,
             return _told(ledger, operator)
     except StoreError as error:
         return await _without_redis(settings, actuator, error, reason=reason, operator=operator)
+
+
+class EmptiedError(StoreError):
+    """The stream is empty although there were events: whoever wrote now would begin a second history."""
+
+
+def _refuse_emptied(ledger: Ledger, settings: Settings) -> None:
+    if not ledger.state.seq and holds_events(settings.own_journal):
+        raise EmptiedError(
+            f"{place(settings)} lost its events, which the journal in {settings.own_journal} has: the daemon writes "
+            "them back"
+        )
 
 
 async def rearm(
@@ -76,6 +90,7 @@ async def rearm(
     async with connected(settings, answer_s=REDIS_S) as client:
         ledger = ledger_on(client, settings)
         await ledger.open()
+        _refuse_emptied(ledger, settings)
         if not ledger.state.seq:
             return {"code": 1, "state": None, "epoch": None, "message": f"refused: {nothing_here(settings)}"}
         accepted = await _accept_history(ledger, settings, reason, operator) if accept_history else ""
@@ -188,12 +203,11 @@ async def _without_redis(
     except (ActuatorError, OSError) as failed:
         problem = problem or str(failed)
         kept = f"It could not be noted for later: {failed}."
+    why = str(error) if isinstance(error, EmptiedError) else f"Redis is not reachable ({error})"
     if proof is None:
-        message = (
-            f"Redis is not reachable ({error}) AND THE APPLY LAYER COULD NOT BE FORCED TO DRY RUN: {problem}. {kept}"
-        )
+        message = f"{why} AND THE APPLY LAYER COULD NOT BE FORCED TO DRY RUN: {problem}. {kept}"
     else:
-        message = f"{_carried_out(proof.notes)} Redis is not reachable ({error}). {kept}"
+        message = f"{_carried_out(proof.notes)} {why}. {kept}"
     return told | {"done": proof is not None, "message": message}
 
 

@@ -75,7 +75,7 @@ async def serve(settings: Settings) -> None:
     )
     governor: Governor | None = None
 
-    own = settings.journal_dir / _slug(settings.key_prefix)
+    own = settings.own_journal
     keeper = Keeper(
         lambda: Journal.open(
             own,
@@ -158,11 +158,6 @@ async def serve(settings: Settings) -> None:
         for connection in (commits, reads, leases):
             if connection is not None:
                 await connection.aclose()
-
-
-def _slug(prefix: str) -> str:
-    """The account's directory in the journal's."""
-    return "".join(char if char.isalnum() or char in "-_" else f"%{ord(char):02x}" for char in prefix)
 
 
 def _ban(path: Path) -> int:

@@ -90,6 +90,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
     @property
+    def own_journal(self) -> Path:
+        """The account's directory in the journal's."""
+        slug = "".join(char if char.isalnum() or char in "-_" else f"%{ord(char):02x}" for char in self.key_prefix)
+        return self.journal_dir / slug
+
+    @property
     def credentials(self) -> bool:
         """Whether the exchange can be asked."""
         return bool(self.api_key and self.api_secret)

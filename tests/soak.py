@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ ENVIRON = {
 LATE_S = 1.0
 """A plan that waits longer than this for its verdict was without service."""
 REST_S = 30.0
+REARMS = 50
 
 
 def client(number: int, port: int, book: Path, seed: int) -> None:
@@ -178,7 +180,10 @@ class Soak:
     def _disarm(self) -> None:
         self.governors[0].command("disarm", "--reason", "soak")
         self.governors[0].config.write_text("APPLY_MODE=testnet\n")
-        self.governors[0].command("rearm", "--reason", "soak", "--force")
+        for _ in range(REARMS):  # an emptied server cannot be armed before its history is back
+            if self.governors[0].command("rearm", "--reason", "soak", "--force").returncode == 0:
+                return
+            time.sleep(0.2)
 
     def _end(self) -> None:
         for process in self.clients.values():
@@ -299,8 +304,9 @@ def main(words: list[str]) -> int:
     seed = given.seed if given.seed is not None else random.SystemRandom().getrandbits(32)
     with tempfile.TemporaryDirectory(prefix="governor-soak-") as home:
         told = Soak(given.server, seed, Path(home)).run(given.minutes)
-        if told["promises broken"] and os.environ.get("SOAK_KEEP"):
-            subprocess.run(["cp", "-r", home, os.environ["SOAK_KEEP"]], check=False)
+        if told["promises broken"]:
+            told["kept in"] = tempfile.mkdtemp(prefix="governor-soak-broken-")
+            shutil.copytree(home, told["kept in"], dirs_exist_ok=True)
     for name, value in told.items():
         sys.stdout.write(f"{name:26} {value}\n")
     return 1 if told["promises broken"] else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,40 @@ def test_a_history_that_contradicts_the_journal_is_quarantined_until_a_person_ac
     one.start()
     permitted(client, "after-the-restart", "XRPUSDT")
     assert one.json("replay")["chain"] == "ok"
+
+
+@pytest.mark.parametrize("alive", [True, False], ids=["a daemon that wakes up later", "a daemon that starts later"])
+def test_a_disarm_by_hand_begins_no_second_history_on_an_emptied_server(
+    one: Daemon, client: redis.Redis, *, alive: bool
+) -> None:
+    assert one.process is not None
+    before = stored(client)
+    if alive:
+        one.process.send_signal(signal.SIGSTOP)
+    else:
+        one.kill()
+    client.flushall()
+    refused = one.command("rearm", "--reason", "nothing there")
+    assert refused.returncode == 1
+    assert "lost its events, which the journal in" in refused.stderr
+    done = one.command("disarm", "--reason", "bad fills", "--json")
+    assert done.returncode == 4, done.stderr
+    told = json.loads(done.stdout)
+    assert told["done"], "file and service did not wait"
+    assert "lost its events" in told["message"]
+    assert not client.exists(STREAM)
+    assert client.exists("quantum:governor:halt")
+    if alive:
+        one.process.send_signal(signal.SIGCONT)
+    else:
+        one.start()
+    wait_for(lambda: events_of(client, "MANUAL_DISARM"), what="the disarm as events")
+    assert stored(client)[: len(before)] == before, "the history goes on"
+    assert [event["reason"] for event in events_of(client, "DISARM_STARTED")] == ["bad fills"], "told once"
+    wait_for(lambda: not client.exists("quantum:governor:halt"), what="the brake to be taken off")
+    assert one.command("rearm", "--reason", "all is well").returncode == 0
+    after_the_hold(client)
+    assert [event["reason"] for event in events_of(client, "DISARM_STARTED")] == ["bad fills"], "told once"
 
 
 def test_what_others_wrote_is_taken_over_by_the_journal(one: Daemon, client: redis.Redis) -> None:
