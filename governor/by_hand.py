@@ -32,11 +32,11 @@ async def disarm(settings: Settings, *, reason: str, operator: str) -> dict[str,
         What to tell: `message`, `code` (0 done, 1 the Apply Layer could not be forced, 4 Redis not reachable),
         `state`, `epoch`, `done`, `reason`, `operator`.
     """
-    actuator = _actuator(settings)
+    actuator, at = _actuator(settings), now()
     try:
         async with connected(settings, answer_s=REDIS_S) as client:
             ledger = ledger_on(client, settings)
-            brake = json.dumps({"operator": operator, "reason": reason}).encode()
+            brake = json.dumps({"operator": operator, "reason": reason, "noted_us": at}).encode()
             # The brake first: it takes effect with this write, whatever a busy daemon commits meanwhile.
             await ledger.store.write([Write("set", ledger.keys.halt, (brake,))])
             await ledger.open()
@@ -53,7 +53,7 @@ async def disarm(settings: Settings, *, reason: str, operator: str) -> dict[str,
             await _finish(ledger, actuator, settings)
             return _told(ledger, operator)
     except StoreError as error:
-        return await _without_redis(settings, actuator, error, reason=reason, operator=operator)
+        return await _without_redis(settings, actuator, error, reason=reason, operator=operator, at=at)
 
 
 class EmptiedError(StoreError):
@@ -185,7 +185,7 @@ def _carried_out(notes: tuple[str, ...]) -> str:
 
 
 async def _without_redis(
-    settings: Settings, actuator: Actuator, error: StoreError, *, reason: str, operator: str
+    settings: Settings, actuator: Actuator, error: StoreError, *, reason: str, operator: str, at: int
 ) -> dict[str, Any]:
     note = PendingNote(settings.apply_config_path)
     told: dict[str, Any] = {"state": None, "epoch": None, "reason": reason, "operator": operator, "code": 4}
@@ -198,7 +198,7 @@ async def _without_redis(
             except (ActuatorError, OSError) as failed:
                 problem = str(failed)
             context = {"operator": operator}
-            note.write_pending(reason=reason, operator=operator, context=context, timestamp_us=now(), proof=proof)
+            note.write_pending(reason=reason, operator=operator, context=context, timestamp_us=at, proof=proof)
             kept = "It becomes an event as soon as the daemon reaches Redis."
     except (ActuatorError, OSError) as failed:
         problem = problem or str(failed)

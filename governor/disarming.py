@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -132,15 +132,39 @@ def proven(disarm: Disarm, proof: dict[str, Any]) -> Event:
     )
 
 
+class Brake(NamedTuple):
+    """An emergency brake that was found set."""
+
+    reason: str
+    operator: str
+    noted_us: int | None = None
+    """The note of the same act, if its file and service could not wait: the two are told once."""
+
+
+def braked(state: State, brake: Brake, *, apply_mode: str | None) -> list[Event]:
+    """Events of an emergency brake."""
+    if brake.noted_us in state.noted:
+        return []
+    events = disarm_by_hand(state, reason=brake.reason, operator=brake.operator, apply_mode=apply_mode)
+    return events if brake.noted_us is None else _marked(events, brake.noted_us)
+
+
+def _marked(events: list[Event], noted_us: int) -> list[Event]:
+    """Events of a disarm, the first of which says which note it tells of."""
+    return [
+        msgspec.structs.replace(event, context=event.context | {"noted_us": noted_us})
+        if isinstance(event, DisarmStarted)
+        else event
+        for event in events
+    ]
+
+
 def told_later(state: State, *, reason: str, operator: str, proof: Proof | None, noted_us: int) -> list[Event]:
     """Events of a disarm by hand that was carried out while nothing could be committed. Told once a note."""
     if noted_us in state.noted:
         return []
-    events = disarm_by_hand(state, reason=reason, operator=operator, apply_mode=None)
+    events = _marked(disarm_by_hand(state, reason=reason, operator=operator, apply_mode=None), noted_us)
     started = events[0] if events else None
-    if isinstance(started, DisarmStarted):
-        started = msgspec.structs.replace(started, context=started.context | {"noted_us": noted_us})
-        events[0] = started
     if isinstance(started, DisarmStarted) and proof is not None:
         disarm = Disarm(0, reason, started.context, started.epoch, manual=True, operator=operator)
         events.append(proven(disarm, msgspec.to_builtins(proof)))

@@ -564,10 +564,10 @@ class Governor:
             await self.ledger.submit(lambda state, now: Proposal(decider.tick(state, now)))
 
     async def _brake(self, value: bytes) -> None:
-        reason, operator = brake_reason(value)
+        brake = read_brake(value)
         await self.ledger.submit(
             lambda state, _now: Proposal(
-                decider.disarm_by_hand(state, reason=reason, operator=operator, apply_mode=self.actuator.apply_mode()),
+                disarming.braked(state, brake, apply_mode=self.actuator.apply_mode()),
                 writes=[Write("del", self.keys.halt)],
             ),
             urgent=True,
@@ -765,14 +765,16 @@ def _take_back(plan_id: str, key: str, gone: bool, state: State, now: int) -> Pr
     return Proposal(events, requires=[Require(key, present=not gone)] if events else [])
 
 
-def brake_reason(value: bytes) -> tuple[str, str]:
-    """Reason and operator of an emergency brake: what a person wrote, or what `governor disarm` did."""
+def read_brake(value: bytes) -> disarming.Brake:
+    """An emergency brake: what a person wrote, or what `governor disarm` did."""
     written = value.decode(errors="replace")
     try:
         told = json.loads(written)
-        return str(told["reason"])[:500], str(told["operator"])[:64]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return written[:500] or "emergency brake", "redis"
+        noted_us = told.get("noted_us")
+        noted_us = noted_us if type(noted_us) is int else None
+        return disarming.Brake(str(told["reason"])[:500], str(told["operator"])[:64], noted_us)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return disarming.Brake(written[:500] or "emergency brake", "redis")
 
 
 def _digits(number: Decimal | None) -> str | None:
