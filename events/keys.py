@@ -30,6 +30,7 @@ class Keys:
         self.halt = f"{prefix}:governor:halt"
         self.lease = f"{prefix}:governor:lease"
         self.snapshot = f"{prefix}:governor:snapshot"
+        self.restorer = f"{prefix}:governor:restorer"
 
     def permit(self, plan_id: str) -> str:
         return f"{self.prefix}:permit:{plan_id}"

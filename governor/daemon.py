@@ -86,7 +86,6 @@ async def serve(settings: Settings) -> None:
         permit_ttl_us=settings.policy.permit_ttl_us,
         clock=now,
         always=settings.journal_fsync == "always",
-        stands_by=lambda: governor is not None and governor.stands_by,
     )
     ledger = ledger_on(
         commits,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from events.codec import CodecError, decode
 from events.histories import Relation, compare, settle
 from events.journal import Journal
 from events.segments import DiskError, JournalError
-from events.store import Commit, ConflictError, EventStore, StoreError, UnavailableError
+from events.store import Commit, ConflictError, EventStore, StoreError, UnavailableError, Write
 from events.types import Entry, Head, HistoryAccepted, HistoryRestored
 from governor.durability import Server, changed
 from projections.state import initial
@@ -40,7 +41,13 @@ log = structlog.get_logger("governor.history")
 LOOK_US = 1_000_000
 """How often it is looked again while something is wrong."""
 PATIENCE_US = 5_000_000
-"""How long a standby leaves it to the active one to write back what the stream lost."""
+"""How long whoever may not know the end leaves it to others to write back what the stream lost."""
+CLAIM_US = 500_000
+"""How long whoever wrote the last event gives others to say that they know more."""
+RECENT_US = 3_000_000
+"""Who heard nothing of the server for longer may have missed what another one wrote."""
+CLAIM_MS = 2000
+"""Life of a claim that nobody renews, because whoever made it is gone."""
 BATCH = 500
 ACCEPTED_WITHIN = 5000
 """A person's acceptance is looked for among this many of the stream's last events."""
@@ -64,7 +71,6 @@ class Keeper:
         permit_ttl_us: life of a permit, microseconds: how long a hold lasts.
         clock: microseconds since the epoch.
         always: whether an intent is to be on disk before its commit is sent, which is waited for in a thread.
-        stands_by: whether another governor is active. Its journal may know more, so it goes first.
     """
 
     def __init__(
@@ -75,7 +81,6 @@ class Keeper:
         permit_ttl_us: int,
         clock: Callable[[], int],
         always: bool = False,
-        stands_by: Callable[[], bool] = lambda: False,
     ) -> None:
         self.journal: Journal | None = None
         """None until it could be opened."""
@@ -90,7 +95,13 @@ class Keeper:
         self._ttl_us = permit_ttl_us
         self._clock = clock
         self._always = always
-        self._stands_by = stands_by
+        self._name = uuid.uuid4().hex
+        self._wrote_last = False
+        """Whether the journal's last event is one of ours: then nobody knows more, unless we were stopped since."""
+        self._silence_us = 0
+        """The longest time without a word from the server since the histories were last known to agree."""
+        self._sure = False
+        """Whether it is ours to write back what the stream lost."""
         self._lost_us: int | None = None
         """Since when it is known that the stream lost events."""
         self._due = True
@@ -143,6 +154,7 @@ class Keeper:
         """These are in the stream now."""
         if not entries or self.journal is None:
             return
+        self._wrote_last = True
         try:
             if self.journal.dangling is not None:
                 self.journal.committed(Head(entries[-1].seq, entries[-1].hash))
@@ -161,9 +173,10 @@ class Keeper:
 
     def follow(self, entries: Sequence[Entry]) -> None:
         """These were read from the stream."""
-        if self.journal is None or self.quarantine is not None or not entries:
+        if self.journal is None or self.quarantine is not None or self.behind is not None or not entries:
             return
         if entries[-1].seq > self.journal.head.seq:
+            self._wrote_last = False
             try:
                 self.journal.append([entry for entry in entries if entry.seq > self.journal.head.seq])
             except JournalError as error:
@@ -229,7 +242,7 @@ class Keeper:
             raise self._contradicted(
                 f"the journal cannot be used: {error}; look at it, and move it away to begin a new one"
             ) from error
-        self._lost_us = None
+        self._lost_us, self._silence_us = None, 0
         if self.quarantine is not None:
             log.warning("quarantine ended")
         self.quarantine = None
@@ -240,7 +253,9 @@ class Keeper:
         before = self._server
         if before is None:
             before, self._heard_us = _remembered(journal)
-        since_s = (self._clock() - self._heard_us) / 1e6
+        since_us = self._clock() - self._heard_us
+        self._silence_us = max(self._silence_us, since_us)
+        since_s = since_us / 1e6
         if before is not None and changed(before, server, since_s) == "another":
             self.hold_until_us = self._clock() + self._ttl_us
             log.warning("another server: no permits for one permit's life", was=before.run_id, now=server.run_id)
@@ -277,10 +292,11 @@ class Keeper:
     # -- what follows --------------------------------------------------------------------------------------------
 
     async def _restore(self, journal: Journal, ledger: Ledger, head: Head) -> None:
-        """Write back what the stream lost behind `head`, and hold permits back. Never a permit."""
-        self._lost_us = self._lost_us or self._clock()
-        if self._stands_by() and self._clock() - self._lost_us < PATIENCE_US:
-            raise StoreError(f"the stream lost what came after event {head.seq}; the active governor writes it back")
+        """Write back what the stream lost behind `head`, and hold permits back. Never a permit.
+
+        Of several governors the one with the longest journal does it: what another one wrote back would contradict it.
+        """
+        await self._go_first(ledger, journal.head.seq)
         store, begun = ledger.store, head.seq
         try:
             while entries := journal.read(head.seq, limit=BATCH):
@@ -293,6 +309,29 @@ class Keeper:
         log.warning("history restored", events=lost, after=begun)
         self._lost_us = None
         await ledger.restored(HistoryRestored(events=lost, hold_until_us=self._clock() + self._ttl_us))
+
+    async def _go_first(self, ledger: Ledger, seq: int) -> None:
+        """Claim to know the end of the history, and give others the time to know better.
+
+        Raises:
+            StoreError: another one does, or the time is not over.
+        """
+        now = self._clock()
+        if self._lost_us is None:
+            self._lost_us = now
+            self._sure = self._wrote_last and self._silence_us < RECENT_US
+        (held,) = await ledger.store.values(ledger.keys.restorer)
+        known, name = _claim(held)
+        if name != self._name and known >= seq:
+            raise StoreError(
+                f"the stream lost events; the governor whose journal ends at event {known} writes them back"
+            )
+        claim = f"{seq} {self._name}".encode()
+        await ledger.store.write([Write("set", ledger.keys.restorer, (claim,), CLAIM_MS)])
+        if now - self._lost_us < (CLAIM_US if self._sure else PATIENCE_US):
+            raise StoreError(
+                f"the stream lost events; written back up to event {seq} unless another governor knows more"
+            )
 
     async def _accepted(self, journal: Journal, store: EventStore, head: Head) -> bool:
         """Whether a person has accepted the stream's history after the journal's last event was written."""
@@ -320,8 +359,8 @@ class Keeper:
             if self.journal is not None:
                 with contextlib.suppress(JournalError):
                     self.journal.note(f"quarantine: {why}")
-        self.quarantine = why
-        return QuarantineError(why)
+            self.quarantine = why
+        return QuarantineError(self.quarantine)
 
 
 def _two_histories(journal: Journal, head: Head) -> str:
@@ -331,6 +370,12 @@ def _two_histories(journal: Journal, head: Head) -> str:
         f"{mine.seq} {mine.hash[:8]}) are two histories; look which one is right, then "
         "governor rearm --accept-history --reason … takes the stream's"
     )
+
+
+def _claim(held: bytes | None) -> tuple[int, str]:
+    """Where a claimed journal ends, and whose it is; before every event where there is none that can be read."""
+    seq, _, name = (held or b"").decode(errors="replace").partition(" ")
+    return (int(seq), name) if seq.isascii() and seq.isdecimal() else (-1, "")
 
 
 async def _take_over(journal: Journal, store: EventStore, head: Head) -> None:

@@ -354,6 +354,8 @@ class Governor:
 
     async def _turn_away(self, queue: deque[Delivery]) -> None:
         """Block plans without a word in the stream, which is not ours to write. They stay pending, for later."""
+        if not self._turned_away:
+            log.error("plans are turned away", why=self.quarantine)
         self._turned_away = True
         now = self.clock()
         writes = []
@@ -363,7 +365,6 @@ class Governor:
                 if plan.execute:
                     record = permits.block("quarantined", at=now, symbol=plan.symbol)
                     writes.append(Write("set", self.keys.block(plan.plan_id), (record,), permits.BLOCK_MS))
-        log.error("plans turned away", count=len(queue), why=self.quarantine)
         self._give_room(len(queue))
         queue.clear()
         with contextlib.suppress(StoreError):

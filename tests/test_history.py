@@ -18,14 +18,14 @@ from events.codec import decode, encode, encode_all
 from events.journal import Journal
 from events.keys import Keys
 from events.segments import DiskError
-from events.store import Commit, MemoryStore
+from events.store import Commit, MemoryStore, StoreError
 from events.types import Entry, ErrorRecorded, Head, Recovered
 from governor.connection import Door
 from governor.connection import client as client_of
 from governor.durability import Server, identity
 from governor.gate import PermitGate
 from governor.history import Keeper, QuarantineError
-from governor.ledger import Ledger
+from governor.ledger import Ledger, Proposal
 from governor.settings import load
 from tests.daemon import Daemon, daemon, events_of, publish, wait_for
 from tests.servers import RedisServer
@@ -306,6 +306,88 @@ def test_a_journal_on_disk_before_every_permit(flushed: RedisServer, client: red
         permitted(client, "a", "BTCUSDT")
         journal = b"".join(path.read_bytes() for path in one.home.rglob("events-*.log"))
         assert b'"plan_id":"a"' in journal
+
+
+class Pair:
+    """Two journals beside one store, and a clock."""
+
+    def __init__(self, home: Path) -> None:
+        self.now_us = 0
+        self.store = MemoryStore(lambda: self.now_us // 1000)
+        self.ledgers = [self._ledger(home / name) for name in ("one", "other")]
+
+    def _ledger(self, home: Path) -> Ledger:
+        async def identify() -> Server:
+            return Server("run", "replid", "", "master", 1, "127.0.0.1:1")
+
+        keeper = Keeper(lambda: Journal.open(home), identify, permit_ttl_us=1, clock=lambda: self.now_us)
+        return Ledger(self.store, Keys("quantum"), lambda: self.now_us, keeper=keeper)
+
+    async def write(self, which: int, text: str) -> None:
+        """One of them commits an event; the other one does not look."""
+        await self.ledgers[which].catch_up()
+        await self.ledgers[which].propose(lambda *_: Proposal([ErrorRecorded(kind="plan_lost", detail=text)]))
+
+    async def look(self, which: int, *, after_s: float) -> str | None:
+        """One of them looks again; what it says, if it has to wait or stops."""
+        self.now_us += int(after_s * 1e6)
+        try:
+            await self.ledgers[which].catch_up()
+        except StoreError as error:
+            keeper = self.ledgers[which].keeper
+            assert keeper is not None
+            keeper.doubt()
+            return str(error)
+        return None
+
+    def told(self) -> list[str]:
+        found = (decode(entry).event for entry in self.store.entries)
+        return [event.detail if isinstance(event, ErrorRecorded) else event.NAME for event in found]
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> Pair:
+    """Both know one event, and one of them has written another, when the store loses everything."""
+    pair = Pair(tmp_path)
+    await pair.write(0, "first")
+    await pair.look(1, after_s=0.1)
+    await pair.write(0, "second")
+    pair.store.entries.clear()
+    return pair
+
+
+async def test_who_wrote_last_writes_back_soon_and_the_other_one_never_before(pair: Pair) -> None:
+    assert "ends" not in str(await pair.look(1, after_s=0.1))
+    assert "unless another governor knows more" in str(await pair.look(0, after_s=0.1)), "it outbids a shorter one"
+    assert "ends at event 2 writes them back" in str(await pair.look(1, after_s=0.1))
+    assert await pair.look(0, after_s=0.5) is None
+    assert pair.told() == ["first", "second", "HISTORY_RESTORED"]
+    assert await pair.look(1, after_s=1.1) is None, "it goes on from there"
+
+
+async def test_who_may_not_know_the_end_waits_longer_and_writes_back_when_nobody_else_does(pair: Pair) -> None:
+    waited = 0.0
+    while await pair.look(1, after_s=0.5) is not None:
+        waited += 0.5
+    assert waited == 5.0
+    assert pair.told() == ["first", "HISTORY_RESTORED"]
+    assert "two histories" in str(await pair.look(0, after_s=0.1)), "a person decides"
+
+
+async def test_a_claim_dies_with_whoever_made_it(pair: Pair) -> None:
+    assert "unless another governor knows more" in str(await pair.look(0, after_s=0.1))
+    assert "ends at event 2 writes them back" in str(await pair.look(1, after_s=1.9))
+    assert "written back up to event 1" in str(await pair.look(1, after_s=0.2))
+
+
+async def test_who_heard_nothing_for_long_is_not_sure_of_the_end(pair: Pair) -> None:
+    waited = 3.0
+    said = await pair.look(0, after_s=waited)
+    while said is not None:
+        waited += 0.5
+        said = await pair.look(0, after_s=0.5)
+    assert waited == 8.0
+    assert pair.told() == ["first", "second", "HISTORY_RESTORED"]
 
 
 async def test_a_disk_that_fails_during_the_comparison_does_not_end_a_quarantine(

@@ -125,6 +125,38 @@ def test_the_standby_turns_the_brake_into_a_disarm_once_it_is_active_and_carries
     assert not client.exists("quantum:governor:halt")
 
 
+@pytest.mark.parametrize("restarted", [False, True], ids=["after it hung", "after it was started anew"])
+def test_a_lost_history_is_written_back_by_the_governor_that_knows_its_end(
+    both: list[Daemon], client: redis.Redis, *, restarted: bool
+) -> None:
+    first, second = both[0].process, both[1].process
+    assert first is not None
+    assert second is not None
+    publish(client, "a", "BTCUSDT")
+    decided(client, "a")
+    second.send_signal(signal.SIGSTOP)
+    publish(client, "b", "ETHUSDT")
+    decided(client, "b")
+    if restarted:
+        both[0].kill()
+    else:
+        first.send_signal(signal.SIGSTOP)
+    client.flushall()
+    second.send_signal(signal.SIGCONT)
+    wait_for(lambda: client.exists("quantum:governor:restorer"), what="the claim of the one that knows less")
+    if restarted:
+        both[0].start(ready=False)
+    else:
+        first.send_signal(signal.SIGCONT)
+    wait_for(lambda: events_of(client, "HISTORY_RESTORED"), what="the history")
+    assert [d["plan_id"] for d in events_of(client, "DECISION")][:2] == ["a", "b"]
+    for one in both:
+        wait_for(lambda: ready(one)["ready"], what="ready")  # noqa: B023
+        assert "quarantine" not in one.log
+    assert len(events_of(client, "HISTORY_RESTORED")) == 1
+    assert both[1].json("replay")["differences"] == []
+
+
 def test_without_a_lease_any_number_is_safe(flushed: RedisServer, client: redis.Redis, tmp_path: Path) -> None:
     environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_LEASE_SEC": "off"}
     many = [Daemon(tmp_path / str(number), port=flushed.port, environ=environ) for number in range(3)]
