@@ -440,8 +440,8 @@ class Ledger:
             requires=draft.requires,
             writes=[
                 *permits.writes(draft.written, self.keys),
+                *draft.writes,  # before what the events say: a healed key must not bring back what they have just ended
                 *views.writes(self.state, draft.fork, [recorded.event for recorded in draft.written], self.keys),
-                *draft.writes,
             ],
             acks=draft.acks,
             grants=permits.grants(draft.written),

@@ -41,6 +41,7 @@ from governor import ledger as module
 from governor.gates import Situation
 from governor.ledger import HistoryError, Ledger, Outcome, Proposal, Propose
 from governor.plans import parse_plan
+from projections import views
 from projections.state import State, digest, fold
 from tests.spec import NOON, SECOND, TESTNET, market, plan_fields
 
@@ -198,6 +199,19 @@ async def test_a_disarm_deletes_every_outstanding_permit_in_its_own_commit() -> 
     assert (store.get(PERMIT), store.get("quantum:permit:p2")) == (None, None)
     assert names(store)[-3:] == ["DISARM_STARTED", "PERMIT_REVOKED", "PERMIT_REVOKED"]
     assert len(store.commits) == 2
+
+
+async def test_a_healed_key_never_takes_back_what_the_same_commit_says() -> None:
+    store = Flaky()
+    one = await opened(store)
+    heal: Propose = lambda state, _now: Proposal(writes=[views.state_write(state, KEYS)])  # noqa: E731
+    disarm: Propose = lambda state, _now: Proposal(  # noqa: E731
+        decider.disarm_by_hand(state, reason="r", operator="anna", apply_mode=TESTNET)
+    )
+    await one.propose(heal, disarm)
+    (value,) = await store.values(KEYS.state)
+    assert value is not None
+    assert json.loads(value)["state"] == "DISARMED"
 
 
 async def test_each_proposal_of_a_batch_sees_what_the_ones_before_it_leave() -> None:
