@@ -86,6 +86,7 @@ async def serve(settings: Settings) -> None:
         permit_ttl_us=settings.policy.permit_ttl_us,
         clock=now,
         always=settings.journal_fsync == "always",
+        active=lambda: lease is not None and lease.held,
     )
     ledger = ledger_on(
         commits,

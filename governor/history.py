@@ -40,12 +40,12 @@ log = structlog.get_logger("governor.history")
 
 LOOK_US = 1_000_000
 """How often it is looked again while something is wrong."""
+SURE_US = 500_000
+"""How long whoever wrote the last event it knows waits for one that knows more; while active, only after a loss."""
+UNSURE_US = 3_000_000
+"""How long any other one waits after a server began anew, with nothing lost that it knows of."""
 PATIENCE_US = 5_000_000
-"""How long whoever may not know the end leaves it to others to write back what the stream lost."""
-CLAIM_US = 500_000
-"""How long whoever wrote the last event gives others to say that they know more."""
-RECENT_US = 3_000_000
-"""Who heard nothing of the server for longer may have missed what another one wrote."""
+"""How long it waits where something was lost: whoever knows the end may just be starting."""
 CLAIM_MS = 2000
 """Life of a claim that nobody renews, because whoever made it is gone."""
 BATCH = 500
@@ -71,6 +71,7 @@ class Keeper:
         permit_ttl_us: life of a permit, microseconds: how long a hold lasts.
         clock: microseconds since the epoch.
         always: whether an intent is to be on disk before its commit is sent, which is waited for in a thread.
+        active: whether this governor holds the lease.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Keeper:
         permit_ttl_us: int,
         clock: Callable[[], int],
         always: bool = False,
+        active: Callable[[], bool] = lambda: False,
     ) -> None:
         self.journal: Journal | None = None
         """None until it could be opened."""
@@ -95,15 +97,16 @@ class Keeper:
         self._ttl_us = permit_ttl_us
         self._clock = clock
         self._always = always
+        self._active = active
         self._name = uuid.uuid4().hex
         self._wrote_last = False
-        """Whether the journal's last event is one of ours: then nobody knows more, unless we were stopped since."""
-        self._silence_us = 0
-        """The longest time without a word from the server since the histories were last known to agree."""
-        self._sure = False
-        """Whether it is ours to write back what the stream lost."""
-        self._lost_us: int | None = None
-        """Since when it is known that the stream lost events."""
+        """Whether the journal's last event is one of ours."""
+        self._since_us: int | None = None
+        """Since when others are given the time to say that they know more; None: there is no reason to."""
+        self._was: tuple[bool, bool] = (False, False)
+        """Whether we were active then, and had written the last event."""
+        self._written_back = 0
+        """Events written back since, of which HISTORY_RESTORED is still to tell."""
         self._due = True
         self._next_us = 0
         self._server: Server | None = None
@@ -154,7 +157,7 @@ class Keeper:
         """These are in the stream now."""
         if not entries or self.journal is None:
             return
-        self._wrote_last = True
+        self._note_writer(self.journal, ours=True)
         try:
             if self.journal.dangling is not None:
                 self.journal.committed(Head(entries[-1].seq, entries[-1].hash))
@@ -176,7 +179,7 @@ class Keeper:
         if self.journal is None or self.quarantine is not None or self.behind is not None or not entries:
             return
         if entries[-1].seq > self.journal.head.seq:
-            self._wrote_last = False
+            self._note_writer(self.journal, ours=False)
             try:
                 self.journal.append([entry for entry in entries if entry.seq > self.journal.head.seq])
             except JournalError as error:
@@ -230,7 +233,12 @@ class Keeper:
             if relation is Relation.CONTRADICTION:
                 raise self._contradicted(_two_histories(journal, head))
             if relation is Relation.JOURNAL_LONGER:
-                await self._restore(journal, ledger, head)
+                await self._write_back(journal, ledger.store, head)
+            if self._since_us is not None:
+                await self._hear_others(journal, ledger)
+            if self._written_back:
+                await self._tell_restored(journal, ledger)
+            self._since_us = None
             if self.behind is not None:
                 journal.note("writable again")
             self.behind = None
@@ -242,7 +250,6 @@ class Keeper:
             raise self._contradicted(
                 f"the journal cannot be used: {error}; look at it, and move it away to begin a new one"
             ) from error
-        self._lost_us, self._silence_us = None, 0
         if self.quarantine is not None:
             log.warning("quarantine ended")
         self.quarantine = None
@@ -251,18 +258,39 @@ class Keeper:
     async def _look_at_server(self, journal: Journal) -> None:
         server = await self._identify()
         before = self._server
-        if before is None:
-            before, self._heard_us = _remembered(journal)
-        since_us = self._clock() - self._heard_us
-        self._silence_us = max(self._silence_us, since_us)
-        since_s = since_us / 1e6
-        if before is not None and changed(before, server, since_s) == "another":
+        if before is None and (known := _remembered(journal)) is not None:
+            before, self._heard_us = known.server, known.heard_us
+            self._wrote_last, self._written_back = known.wrote_last, known.written_back
+        change = "same" if before is None else changed(before, server, (self._clock() - self._heard_us) / 1e6)
+        if before is not None and change == "another":
             self.hold_until_us = self._clock() + self._ttl_us
             log.warning("another server: no permits for one permit's life", was=before.run_id, now=server.run_id)
+        if change != "same" or (self._written_back and self._since_us is None):
+            self._doubt_the_end()
         self._server, self._heard_us = server, self._clock()
+        self._remember(journal)
+
+    def _remember(self, journal: Journal) -> None:
+        if self._server is None:
+            return
+        known = _Known(
+            server=self._server,
+            heard_us=self._heard_us,
+            wrote_last=self._wrote_last,
+            written_back=self._written_back,
+        )
         with contextlib.suppress(OSError):  # without it the next start takes the server for the same
-            known = msgspec.json.encode(_Known(server=server, heard_us=self._heard_us))
-            (journal.slot / REMEMBERED).write_bytes(known)
+            (journal.slot / REMEMBERED).write_bytes(msgspec.json.encode(known))
+
+    def _note_writer(self, journal: Journal, *, ours: bool) -> None:
+        if self._wrote_last != ours:
+            self._wrote_last = ours
+            self._remember(journal)
+
+    def _doubt_the_end(self) -> None:
+        """The stream may have lost its end. Whether it did, only the longest journal can tell."""
+        self._since_us = self._clock()
+        self._was = (self._active(), self._wrote_last)
 
     async def _settled(self, journal: Journal, store: EventStore) -> tuple[Relation, Head]:
         """How the histories relate, and where the stream ends, once the journal has taken over what it can."""
@@ -276,7 +304,9 @@ class Keeper:
                         f"the stream and the archive no longer have event {journal.head.seq}, at which the journal in "
                         f"{journal.slot} ends"
                     )
-                await _take_over(journal, store, head)
+                self._note_writer(journal, ours=False)
+                if await _take_over(journal, store, head):
+                    self._since_us, self._written_back = None, 0  # others have settled it
                 continue
             intent = journal.dangling
             if intent is None or found.relation is Relation.CONTRADICTION:
@@ -291,47 +321,55 @@ class Keeper:
 
     # -- what follows --------------------------------------------------------------------------------------------
 
-    async def _restore(self, journal: Journal, ledger: Ledger, head: Head) -> None:
-        """Write back what the stream lost behind `head`, and hold permits back. Never a permit.
-
-        Of several governors the one with the longest journal does it: what another one wrote back would contradict it.
-        """
-        await self._go_first(ledger, journal.head.seq)
-        store, begun = ledger.store, head.seq
+    async def _write_back(self, journal: Journal, store: EventStore, head: Head) -> None:
+        """Write back what the stream lost behind `head`, never a permit; no event, for others may know still more."""
+        if self._since_us is None:
+            self._doubt_the_end()
+        begun = head.seq
         try:
             while entries := journal.read(head.seq, limit=BATCH):
                 await store.commit(Commit(expected=head, entries=entries))
                 head = Head(entries[-1].seq, entries[-1].hash)
-        except ConflictError:
-            self.doubt()  # another governor is at it as well
-            return
-        lost = head.seq - begun
-        log.warning("history restored", events=lost, after=begun)
-        self._lost_us = None
-        await ledger.restored(HistoryRestored(events=lost, hold_until_us=self._clock() + self._ttl_us))
+                self._written_back += len(entries)
+        except ConflictError as error:
+            raise StoreError("the stream lost events; another governor writes them back as well") from error
+        finally:
+            if head.seq > begun:
+                log.warning("events written back", events=head.seq - begun, after=begun)
+                self._remember(journal)
 
-    async def _go_first(self, ledger: Ledger, seq: int) -> None:
-        """Claim to know the end of the history, and give others the time to know better.
+    async def _hear_others(self, journal: Journal, ledger: Ledger) -> None:
+        """Say how far our journal reaches, and append nothing while another one reaches further, or may.
 
         Raises:
-            StoreError: another one does, or the time is not over.
+            StoreError: it does, or the time is not over.
         """
-        now = self._clock()
-        if self._lost_us is None:
-            self._lost_us = now
-            self._sure = self._wrote_last and self._silence_us < RECENT_US
+        assert self._since_us is not None
+        seq = journal.head.seq
         (held,) = await ledger.store.values(ledger.keys.restorer)
         known, name = _claim(held)
-        if name != self._name and known >= seq:
+        if name != self._name and known > seq:
             raise StoreError(
                 f"the stream lost events; the governor whose journal ends at event {known} writes them back"
             )
-        claim = f"{seq} {self._name}".encode()
-        await ledger.store.write([Write("set", ledger.keys.restorer, (claim,), CLAIM_MS)])
-        if now - self._lost_us < (CLAIM_US if self._sure else PATIENCE_US):
-            raise StoreError(
-                f"the stream lost events; written back up to event {seq} unless another governor knows more"
-            )
+        if name == self._name or known < seq:
+            claim = f"{seq} {self._name}".encode()
+            await ledger.store.write([Write("set", ledger.keys.restorer, (claim,), CLAIM_MS)])
+        if self._clock() - self._since_us < self._wait_us():
+            raise StoreError(f"waiting whether another governor's journal reaches further than event {seq}")
+
+    def _wait_us(self) -> int:
+        active, ours = self._was
+        if ours:
+            return 0 if active and not self._written_back else SURE_US
+        return PATIENCE_US if self._written_back else UNSURE_US
+
+    async def _tell_restored(self, journal: Journal, ledger: Ledger) -> None:
+        """The stream is whole again: hold permits back, and write the public keys."""
+        log.warning("history restored", events=self._written_back)
+        await ledger.restored(HistoryRestored(events=self._written_back, hold_until_us=self._clock() + self._ttl_us))
+        self._written_back = 0
+        self._remember(journal)
 
     async def _accepted(self, journal: Journal, store: EventStore, head: Head) -> bool:
         """Whether a person has accepted the stream's history after the journal's last event was written."""
@@ -378,24 +416,32 @@ def _claim(held: bytes | None) -> tuple[int, str]:
     return (int(seq), name) if seq.isascii() and seq.isdecimal() else (-1, "")
 
 
-async def _take_over(journal: Journal, store: EventStore, head: Head) -> None:
-    """The journal reads on."""
+async def _take_over(journal: Journal, store: EventStore, head: Head) -> bool:
+    """The journal reads on. Whether it read that a lost history was written back."""
+    restored = False
     while journal.head.seq < head.seq and (entries := await store.read(journal.head.seq, limit=BATCH)):
         journal.append(entries)
+        restored |= any(entry.name == HistoryRestored.NAME for entry in entries)
+    return restored
 
 
 class _Known(msgspec.Struct, frozen=True):
+    """What the next start has to know."""
+
     server: Server
+    """The one the journal's last owner was connected to."""
     heard_us: int
+    """When that answered."""
+    wrote_last: bool = False
+    written_back: int = 0
+    """Events written back of which nobody has been told."""
 
 
-def _remembered(journal: Journal) -> tuple[Server | None, int]:
-    """The server the journal's last owner was connected to, and when it wrote that down."""
+def _remembered(journal: Journal) -> _Known | None:
     try:
-        known = msgspec.json.decode((journal.slot / REMEMBERED).read_bytes(), type=_Known)
+        return msgspec.json.decode((journal.slot / REMEMBERED).read_bytes(), type=_Known)
     except (OSError, msgspec.MsgspecError):
-        return None, 0
-    return known.server, known.heard_us
+        return None
 
 
 async def _hashes(store: EventStore, seq: int) -> dict[int, str]:

@@ -18,7 +18,7 @@ from events.codec import decode, encode, encode_all
 from events.journal import Journal
 from events.keys import Keys
 from events.segments import DiskError
-from events.store import Commit, MemoryStore, StoreError
+from events.store import Commit, MemoryStore, StoreError, Write
 from events.types import Entry, ErrorRecorded, Head, Recovered
 from governor.connection import Door
 from governor.connection import client as client_of
@@ -309,19 +309,22 @@ def test_a_journal_on_disk_before_every_permit(flushed: RedisServer, client: red
 
 
 class Pair:
-    """Two journals beside one store, and a clock."""
+    """Two journals beside one store, the first one's governor active, and a clock."""
 
     def __init__(self, home: Path) -> None:
         self.now_us = 0
+        self.run_id = "run"
         self.store = MemoryStore(lambda: self.now_us // 1000)
-        self.ledgers = [self._ledger(home / name) for name in ("one", "other")]
+        self.ledgers = [self.ledger(home / "one", active=True), self.ledger(home / "other", active=False)]
 
-    def _ledger(self, home: Path) -> Ledger:
+    def ledger(self, home: Path, *, active: bool) -> Ledger:
         async def identify() -> Server:
-            return Server("run", "replid", "", "master", 1, "127.0.0.1:1")
+            return Server(self.run_id, "replid", "", "master", 0, "127.0.0.1:1")
 
-        keeper = Keeper(lambda: Journal.open(home), identify, permit_ttl_us=1, clock=lambda: self.now_us)
-        return Ledger(self.store, Keys("quantum"), lambda: self.now_us, keeper=keeper)
+        keeper = Keeper(
+            lambda: Journal.open(home), identify, permit_ttl_us=1, clock=lambda: self.now_us, active=lambda: active
+        )
+        return Ledger(self.store, Keys(), lambda: self.now_us, keeper=keeper)
 
     async def write(self, which: int, text: str) -> None:
         """One of them commits an event; the other one does not look."""
@@ -340,6 +343,17 @@ class Pair:
             return str(error)
         return None
 
+    async def waits(self, which: int) -> float:
+        """Seconds until one of them goes on."""
+        keeper = self.ledgers[which].keeper
+        assert keeper is not None
+        keeper.doubt()
+        waited = 0.0
+        while await self.look(which, after_s=0 if waited == 0 else 0.5) is not None:
+            waited += 0.5
+            assert waited < 60
+        return waited
+
     def told(self) -> list[str]:
         found = (decode(entry).event for entry in self.store.entries)
         return [event.detail if isinstance(event, ErrorRecorded) else event.NAME for event in found]
@@ -356,37 +370,49 @@ async def pair(tmp_path: Path) -> Pair:
     return pair
 
 
-async def test_who_wrote_last_writes_back_soon_and_the_other_one_never_before(pair: Pair) -> None:
-    assert "ends" not in str(await pair.look(1, after_s=0.1))
-    assert "unless another governor knows more" in str(await pair.look(0, after_s=0.1)), "it outbids a shorter one"
-    assert "ends at event 2 writes them back" in str(await pair.look(1, after_s=0.1))
-    assert await pair.look(0, after_s=0.5) is None
+async def test_what_was_lost_is_written_back_at_once_and_nothing_new_before_the_longest_journal_spoke(
+    pair: Pair,
+) -> None:
+    assert "further than event 1" in str(await pair.look(1, after_s=0.1))
+    assert pair.told() == ["first"]
+    assert "further than event 2" in str(await pair.look(0, after_s=0.1))
+    assert pair.told() == ["first", "second"]
+    assert "further than event 2" in str(await pair.look(1, after_s=0.1))
+    assert await pair.look(0, after_s=0.4) is None
     assert pair.told() == ["first", "second", "HISTORY_RESTORED"]
-    assert await pair.look(1, after_s=1.1) is None, "it goes on from there"
+    assert await pair.look(1, after_s=0.1) is None, "others have settled it"
+    assert pair.told() == ["first", "second", "HISTORY_RESTORED"]
 
 
-async def test_who_may_not_know_the_end_waits_longer_and_writes_back_when_nobody_else_does(pair: Pair) -> None:
-    waited = 0.0
-    while await pair.look(1, after_s=0.5) is not None:
-        waited += 0.5
-    assert waited == 5.0
+async def test_who_may_not_know_the_end_waits_longer_and_goes_on_when_nobody_else_does(pair: Pair) -> None:
+    assert await pair.waits(1) == 5.0
     assert pair.told() == ["first", "HISTORY_RESTORED"]
     assert "two histories" in str(await pair.look(0, after_s=0.1)), "a person decides"
 
 
-async def test_a_claim_dies_with_whoever_made_it(pair: Pair) -> None:
-    assert "unless another governor knows more" in str(await pair.look(0, after_s=0.1))
-    assert "ends at event 2 writes them back" in str(await pair.look(1, after_s=1.9))
-    assert "written back up to event 1" in str(await pair.look(1, after_s=0.2))
+async def test_nothing_is_appended_while_another_one_knows_more(pair: Pair) -> None:
+    await pair.store.write([Write("set", Keys().restorer, (b"7 somebody",), 2000)])
+    assert "the governor whose journal ends at event 7 writes them back" in str(await pair.look(0, after_s=0.6))
+    assert pair.told() == ["first", "second"]
+    assert await pair.look(0, after_s=1.5) is None, "a claim that nobody renews dies"
 
 
-async def test_who_heard_nothing_for_long_is_not_sure_of_the_end(pair: Pair) -> None:
-    waited = 3.0
-    said = await pair.look(0, after_s=waited)
-    while said is not None:
-        waited += 0.5
-        said = await pair.look(0, after_s=0.5)
-    assert waited == 8.0
+async def test_one_that_was_active_goes_on_at_once_after_a_restart_with_everything_there(pair: Pair) -> None:
+    assert await pair.waits(0) == 0.5
+    assert await pair.look(1, after_s=0.1) is None
+    pair.run_id = "after the restart"
+    assert await pair.waits(1) == 3.0, "somebody may know what it does not"
+    pair.run_id = "after another one"
+    assert await pair.waits(0) == 0.0
+
+
+async def test_one_that_is_killed_before_it_told_tells_when_it_is_back(pair: Pair, tmp_path: Path) -> None:
+    assert await pair.look(0, after_s=0.1) is not None
+    keeper = pair.ledgers[0].keeper
+    assert keeper is not None
+    keeper.close()
+    pair.ledgers[0] = pair.ledger(tmp_path / "one", active=False)
+    assert await pair.waits(0) == 0.5, "it had written the last event"
     assert pair.told() == ["first", "second", "HISTORY_RESTORED"]
 
 

@@ -206,7 +206,7 @@ async def test_a_healed_key_never_takes_back_what_the_same_commit_says() -> None
     one = await opened(store)
     heal: Propose = lambda state, _now: Proposal(writes=[views.state_write(state, KEYS)])  # noqa: E731
     disarm: Propose = lambda state, _now: Proposal(  # noqa: E731
-        decider.disarm_by_hand(state, reason="r", operator="anna", apply_mode=TESTNET)
+        decider.disarm_by_hand(state, reason="r", operator="anna", apply_mode="testnet")
     )
     await one.propose(heal, disarm)
     (value,) = await store.values(KEYS.state)
