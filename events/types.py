@@ -258,6 +258,35 @@ class Rearmed(_Event, frozen=True, kw_only=True):
     forced: bool = False
 
 
+class ApplyModeDrifted(_Event, frozen=True, kw_only=True):
+    """While DISARMED, after the proof: somebody set the Apply Layer's file to another mode than dry run."""
+
+    NAME: ClassVar[str] = "APPLY_MODE_DRIFTED"
+    epoch: int
+    apply_mode: str
+    """What the file says now; at most 64 characters of it."""
+
+
+class DriftEnded(_Event, frozen=True, kw_only=True):
+    """While DISARMED: the Apply Layer's file says dry run again."""
+
+    NAME: ClassVar[str] = "DRIFT_ENDED"
+    epoch: int
+
+
+class ApplyModeRestored(_Event, frozen=True, kw_only=True):
+    """A person who armed it had `APPLY_MODE` set back and the service restarted; both were verified."""
+
+    NAME: ClassVar[str] = "APPLY_MODE_RESTORED"
+    epoch: int
+    """The epoch in which it was done."""
+    reason: str
+    operator: str
+    apply_mode: str
+    proof: dict[str, Any] = {}
+    """What was read back after the restart."""
+
+
 class SettingsLoaded(_Event, frozen=True, kw_only=True):
     """The settings decisions are made under from here on."""
 
@@ -309,6 +338,9 @@ Event: TypeAlias = (
     | SettingsLoaded
     | HistoryRestored
     | HistoryAccepted
+    | ApplyModeDrifted
+    | DriftEnded
+    | ApplyModeRestored
 )
 
 ALL: tuple[type[Event], ...] = Event.__args__

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, Protocol, Self
 
 import msgspec
 
@@ -34,7 +34,7 @@ from governor import envfile
 
 NAME = "APPLY_MODE"
 DRY_RUN = "dry_run"
-Step = Literal["lock", "read", "backup", "write", "restart", "verify"]
+Step = Literal["lock", "read", "backup", "write", "restart", "verify", "helper"]
 
 _ROOM = "look for free space and for write access to that directory"
 _TEXT_LIMIT = 500
@@ -83,26 +83,64 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True):
     """What was verified; None when file and service are still to be done."""
 
 
+class Hand(Protocol):
+    """What sets the Apply Layer to dry run: `Actuator` in this process, `governor.helper.Helper` through root's."""
+
+    @property
+    def config_path(self) -> Path: ...
+
+    @property
+    def service(self) -> str: ...
+
+    def apply_mode(self) -> str | None:
+        """Mode the file gives now; None where it is not known."""
+        ...
+
+    def locked(self) -> contextlib.AbstractContextManager[bool]:
+        """Try once to take the lock; whether it is ours until the end of the block. Raises ActuatorError."""
+        ...
+
+    def force_dry_run(self, reason: str = "", /) -> Proof:
+        """Do it and verify it, with the lock. Raises ActuatorError."""
+        ...
+
+    def describe(self) -> str:
+        """Who does it, for `doctor` and the log."""
+        ...
+
+
 class PendingNote:
-    """A note beside the config file of a disarm done by hand while Redis was away. Writers hold the lock."""
+    """A note of a disarm that could not become an event, beside the config file or elsewhere.
+
+    Args:
+        config_path: the note lies beside it, and may be read by whoever may read it.
+    """
 
     def __init__(self, config_path: Path) -> None:
         self.path = _beside(config_path, ".disarm-pending")
-        self._config_path = config_path
+        self._config_path: Path | None = config_path
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """One that lies elsewhere, and is its writer's own."""
+        note = cls(path)
+        note.path, note._config_path = path, None
+        return note
 
     def write_pending(
         self, *, reason: str, context: dict[str, Any], operator: str, timestamp_us: int, proof: Proof | None
     ) -> None:
-        """Leave the note, in place of an earlier one. It belongs to the config file's owner, mode 0600.
+        """Leave the note, in place of an earlier one, with the lock.
 
         Raises:
             OSError: it cannot be written.
         """
         note = Pending(reason=reason, context=context, operator=operator, timestamp_us=timestamp_us, proof=proof)
         like = None
-        with contextlib.suppress(OSError):
-            like = _File(self._config_path, b"", self._config_path.stat())
-        with _temporary(self.path, msgspec.json.encode(note), like, private=True) as (temp, _):
+        if self._config_path is not None:
+            with contextlib.suppress(OSError):
+                like = _File(self._config_path, b"", self._config_path.stat())
+        with _temporary(self.path, msgspec.json.encode(note), like, at_most=0o640) as (temp, _):
             temp.replace(self.path)
         _sync_directory(self.path)
 
@@ -125,14 +163,20 @@ class PendingNote:
             )
 
     def clear_pending(self, told: Pending) -> None:
-        """Remove the note, if it is still this one. Call it with the lock: a newer note is to be told too.
+        """Remove the note, if it is still this one; a newer one is to be told too.
 
         Raises:
             OSError: it cannot be removed.
         """
-        if self.read_pending() == told:
-            self.path.unlink()
-            _sync_directory(self.path)
+        if self.read_pending() != told:
+            return
+        aside = PendingNote.at(_beside(self.path, ".told"))
+        self.path.replace(aside.path)
+        if aside.read_pending() != told:  # written in between; where yet another one followed, that one counts
+            with contextlib.suppress(FileExistsError):
+                self.path.hardlink_to(aside.path)
+        aside.path.unlink()
+        _sync_directory(self.path)
 
 
 class Actuator:
@@ -184,7 +228,7 @@ class Actuator:
         path = _beside(target, ".lock")
         with contextlib.ExitStack() as stack:
             try:
-                lock = stack.enter_context(_open_lock(path, target))
+                lock = stack.enter_context(_open_lock(path))
                 taken = _flock(lock)
             except OSError as error:
                 raise ActuatorError(
@@ -195,24 +239,65 @@ class Actuator:
                 ) from error
             yield taken
 
-    def force_dry_run(self) -> Proof:
+    def describe(self) -> str:
+        """Who does it, for `doctor` and the log."""
+        uid = os.geteuid()
+        return f"in-process as {'root' if uid == 0 else f'uid {uid}'}"
+
+    def force_dry_run(self, _reason: str = "", /) -> Proof:
         """Back up and rewrite the file, restart the service, verify both. The caller holds the lock.
 
         Raises:
             ActuatorError: with the step that failed and what was seen until then.
         """
+        return self._set(DRY_RUN)
+
+    def put_back(self, mode: str) -> Proof:
+        """The same with another mode than dry run, for a person who armed again. The caller holds the lock.
+
+        Raises:
+            ActuatorError: as `force_dry_run`.
+        """
+        return self._set(mode)
+
+    def check_put_back(self, mode: str) -> None:
+        """Look whether `put_back` can be tried, and change nothing.
+
+        Raises:
+            ActuatorError: the file cannot be read, edited or replaced, or there is no systemctl.
+        """
+        step: Step = "read"
+        target = _target(self.config_path)
+        try:
+            data = _read(target).data
+            step = "write"
+            envfile.assign(data, NAME, mode)
+            if not os.access(target.parent, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        except (OSError, ValueError) as error:
+            why = _why(error) if isinstance(error, OSError) else str(error)
+            raise ActuatorError(
+                step,
+                f"cannot set {NAME}={mode} in {self.config_path} ({why}); try it as root",
+                Proof(service=self.service),
+            ) from error
+        if shutil.which(self._systemctl) is None:
+            path = os.environ.get("PATH", "")
+            raise ActuatorError("restart", f"no {self._systemctl} on PATH={path}", Proof(service=self.service))
+
+    def _set(self, mode: str) -> Proof:
         started = time.monotonic()
         seen: dict[str, Any] = {"service": self.service}
         try:
-            self._rewrite(seen)
+            self._rewrite(seen, mode)
             environment_files = self._restart(seen)
-            data = self._verify_file(seen)
-            self._verify_service(seen, data, environment_files)
+            data = self._verify_file(seen, mode)
+            self._verify_service(seen, data, environment_files, mode)
         except _StepError as error:
             raise ActuatorError(error.step, error.message, _proof(seen, started)) from error
         return _proof(seen, started)
 
-    def _rewrite(self, seen: dict[str, Any]) -> None:
+    def _rewrite(self, seen: dict[str, Any], mode: str) -> None:
         try:
             original = _read(_target(self.config_path))
         except OSError as error:
@@ -223,7 +308,7 @@ class Actuator:
             ) from error
         seen["apply_mode"] = _mode(original.data)
         try:
-            wanted = envfile.assign(original.data, NAME, DRY_RUN)
+            wanted = envfile.assign(original.data, NAME, mode)
         except ValueError as error:
             raise _StepError("write", f"cannot edit {self.config_path} ({error}); set {NAME} by hand") from error
         if wanted == original.data:
@@ -235,7 +320,7 @@ class Actuator:
         try:
             with _temporary(original.path, wanted, original) as (temp, notes):
                 temp.replace(original.path)
-            seen.update(apply_mode=DRY_RUN, notes=notes)
+            seen.update(apply_mode=mode, notes=notes)
             _sync_directory(original.path)
         except OSError as error:
             raise _StepError("write", f"cannot rewrite {original.path} ({_why(error)}); {_ROOM}") from error
@@ -267,8 +352,8 @@ class Actuator:
         if shutil.which(self._systemctl) is None:
             raise _StepError(
                 "restart",
-                f"no {self._systemctl} on PATH={os.environ.get('PATH', '')}; the file says {DRY_RUN}, {self.service} "
-                "still runs as it did: restart it by hand",
+                f"no {self._systemctl} on PATH={os.environ.get('PATH', '')}; the file says {seen['apply_mode']}, "
+                f"{self.service} still runs as it did: restart it by hand",
             )
         seen["invocation_before"] = self._show().invocation
         self._call("reset-failed", self.service, timeout_s=_SHORT_TIMEOUT_S)
@@ -278,26 +363,28 @@ class Actuator:
         if answer.code != 0:
             raise _StepError(
                 "restart",
-                f"systemctl restart {self.service} {answer.told()}; the file says {DRY_RUN}, {_state(shown)}: look at "
-                f"systemctl status {self.service}",
+                f"systemctl restart {self.service} {answer.told()}; the file says {seen['apply_mode']}, "
+                f"{_state(shown)}: look at systemctl status {self.service}",
             )
         seen["notes"] = (*seen.get("notes", ()), *_doubts(self.service, shown))
         return shown.environment_files
 
-    def _verify_file(self, seen: dict[str, Any]) -> bytes:
+    def _verify_file(self, seen: dict[str, Any], wanted: str) -> bytes:
         seen["apply_mode"] = None
         try:
             data = _read(self.config_path).data
         except OSError as error:
             raise _StepError("verify", f"cannot read {self.config_path} back ({_why(error)})") from error
         seen["apply_mode"] = mode = _mode(data)
-        if mode != DRY_RUN:
+        if mode != wanted:
             raise _StepError(
                 "verify", f"{self.config_path} gives {_said(mode)} after it was rewritten; find out what else writes it"
             )
         return data
 
-    def _verify_service(self, seen: dict[str, Any], data: bytes, environment_files: tuple[str, ...]) -> None:
+    def _verify_service(
+        self, seen: dict[str, Any], data: bytes, environment_files: tuple[str, ...], wanted: str
+    ) -> None:
         if seen["invocation_before"] is not None and seen["invocation_before"] == seen["invocation_after"]:
             raise _StepError(
                 "verify",
@@ -311,15 +398,16 @@ class Actuator:
             raise _StepError("verify", f"systemd does not load {self.config_path}: {refusal}; correct it by hand")
         environ = _environ(seen["main_pid"], self.settle_s)
         if environ is None:
-            source, mode = _overriding_file(named, ours)
+            source, mode = _overriding_file(named, ours, wanted)
         else:
             source, mode = f"process {seen['main_pid']}", environ.get(NAME)
             seen["environ_mode"] = mode
-        if mode != DRY_RUN and (mode is not None or (environ is not None and ours in named)):
+        if mode != wanted and (mode is not None or (environ is not None and ours in named)):
+            then = " and stop the service" if wanted == DRY_RUN else ""
             raise _StepError(
                 "verify",
-                f"{source} has {_said(mode)} although {self.config_path} says {DRY_RUN}: a later EnvironmentFile=, a "
-                f"drop-in or Environment= overrides it; see systemctl cat {self.service} and stop the service",
+                f"{source} has {_said(mode)} although {self.config_path} says {wanted}: a later EnvironmentFile=, a "
+                f"drop-in or Environment= overrides it; see systemctl cat {self.service}{then}",
             )
 
     def _show(self) -> _Shown:
@@ -349,6 +437,15 @@ class Actuator:
                         os.killpg(process.pid, signal.SIGKILL)
                     return _Answer(None, "", f"gave no answer within {timeout_s:g} s")
             return _Answer(code, _text(out), _text(err))
+
+
+def mode_in(path: Path) -> str | None:
+    """Mode a file gives, such as a backup; None when it cannot be read or gives none."""
+    try:
+        data = _read(path).data
+    except OSError:
+        return None
+    return None if envfile.refusal(data) else _mode(data)
 
 
 class _StepError(Exception):
@@ -450,12 +547,12 @@ def _expanded(environment_files: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _overriding_file(named: list[str], ours: str) -> tuple[str, str | None]:
+def _overriding_file(named: list[str], ours: str, wanted: str) -> tuple[str, str | None]:
     """Find the environment file after ours that sets another mode."""
     for path in named[named.index(ours) + 1 :] if ours in named else ():
         with contextlib.suppress(OSError):
             for mode in envfile.readings(_read(Path(path)).data, NAME):
-                if mode not in {None, DRY_RUN}:
+                if mode not in {None, wanted}:
                     return path, mode
     return "", None
 
@@ -490,7 +587,7 @@ def _read(path: Path) -> _File:
 
 @contextlib.contextmanager
 def _temporary(
-    target: Path, data: bytes, like: _File | None, *, private: bool = False
+    target: Path, data: bytes, like: _File | None, *, at_most: int | None = None
 ) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """A complete file beside the target, on disk, with the owner and mode of another; gone at the end unless renamed.
 
@@ -500,7 +597,7 @@ def _temporary(
     temp.unlink(missing_ok=True)
     try:
         with _opened(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
-            notes = () if like is None else _make_alike(file.fileno(), like, private=private)
+            notes = () if like is None else _make_alike(file.fileno(), like, at_most)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -509,9 +606,12 @@ def _temporary(
         temp.unlink(missing_ok=True)
 
 
-def _make_alike(fd: int, like: _File, *, private: bool) -> tuple[str, ...]:
-    """Give a file the owner, access list and mode of another, never more; tell what could not be kept."""
-    mode = 0o600 if private else stat.S_IMODE(like.stat.st_mode)
+def _make_alike(fd: int, like: _File, at_most: int | None) -> tuple[str, ...]:
+    """Give a file the owner, access list and mode of another, never more; tell what could not be kept.
+
+    Given the most its mode may be, it gets no access list.
+    """
+    mode = stat.S_IMODE(like.stat.st_mode) if at_most is None else 0o600 | (like.stat.st_mode & at_most)
     notes = []
     _give(fd, like.stat)
     now = os.fstat(fd)
@@ -520,7 +620,7 @@ def _make_alike(fd: int, like: _File, *, private: bool) -> tuple[str, ...]:
     if now.st_gid != like.stat.st_gid:
         mode &= ~stat.S_IRWXG
         notes.append(f"group was {like.stat.st_gid}, is {now.st_gid}, which got no access")
-    if not private:
+    if at_most is None:
         _copy_access_list(fd, like.path)
     os.fchmod(fd, mode)
     return tuple(notes)
@@ -567,15 +667,15 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _open_lock(path: Path, config: Path) -> IO[bytes]:
-    """Open the lock file, readable for those who may read the config, so that root and the daemon can share it."""
+def _open_lock(path: Path) -> IO[bytes]:
+    """Open the lock file, for those who may write the directory: who only reads in it must not hold a disarm up."""
     with contextlib.suppress(FileNotFoundError):
         return _opened(path, os.O_RDONLY)
-    like = (config if config.exists() else config.parent).stat()
+    like = path.parent.stat()
     lock = _opened(path, os.O_RDONLY | os.O_CREAT)
     with contextlib.suppress(OSError):
         _give(lock.fileno(), like)
-        os.fchmod(lock.fileno(), like.st_mode & 0o666)
+        os.fchmod(lock.fileno(), 0o600 | (like.st_mode & 0o022) * 3)  # whoever may write may read as well
     return lock
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +179,12 @@ def disarm(reason: str, *, as_json: bool) -> None:
     end_with(work())
 
 
+def _apply_mode(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and (value == "dry_run" or not re.fullmatch(r"[A-Za-z0-9_./:@%+,-]+", value)):
+        raise click.BadParameter(f"{value!r}, expected another mode than dry_run, in plain letters, such as testnet")
+    return value
+
+
 @main.command(epilog=CODES)
 @reason_option
 @click.option("--force", is_flag=True, help="Although a disarm is unfinished or the emergency brake is set.")
@@ -185,18 +193,47 @@ def disarm(reason: str, *, as_json: bool) -> None:
     is_flag=True,
     help="Take Redis' history where it contradicts the daemon's journal: ends a quarantine.",
 )
+@click.option(
+    "--restore/--no-restore",
+    default=None,
+    help="Then set APPLY_MODE back to what it was before the disarm and restart the Apply Layer, or do not; "
+    "on a terminal it is asked, elsewhere nothing is put back.",
+)
+@click.option(
+    "--apply-mode",
+    metavar="MODE",
+    callback=_apply_mode,
+    help="Put back this mode, where the one before the disarm is not known or not meant.",
+)
 @json_option
-def rearm(reason: str, *, force: bool, accept_history: bool, as_json: bool) -> None:
+def rearm(
+    reason: str, *, force: bool, accept_history: bool, restore: bool | None, apply_mode: str | None, as_json: bool
+) -> None:
     """Arm again after a disarm: permits are granted from here on.
 
-    The Apply Layer's file is left as it is: set APPLY_MODE back and restart the service when you mean to trade.
+    The Apply Layer's file and service are put back only where you say so. That needs write access to the file.
+
+    \b
+    Examples:
+      sudo governor rearm --reason "limits checked" --restore
+      sudo governor rearm --reason "limits checked" --apply-mode testnet
     """
+    if apply_mode is not None and restore is False:
+        raise click.UsageError("--apply-mode and --no-restore contradict each other")
+    asks = not as_json and sys.stdin.isatty() and sys.stderr.isatty()
 
     async def work() -> int:
         from governor import by_hand  # noqa: PLC0415
 
         told = await by_hand.rearm(
-            settings_of(logs=True), reason=reason, operator=operator(), force=force, accept_history=accept_history
+            settings_of(logs=True),
+            reason=reason,
+            operator=operator(),
+            force=force,
+            accept_history=accept_history,
+            restore=restore,
+            apply_mode=apply_mode,
+            ask=partial(click.confirm, err=True) if asks else None,
         )
         if as_json:
             print_json(told)

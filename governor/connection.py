@@ -88,19 +88,30 @@ def client(settings: Settings, *, answer_s: float = ANSWER_S, door: Door | None 
         "db": settings.redis_db,
         "username": settings.redis_username or None,
         "password": settings.redis_password or None,
-        "ssl": settings.redis_tls,
         "socket_timeout": answer_s,
+        **(tls := _tls(settings)),
     }
     greeted = {} if door is None else {"redis_connect_func": door.greet}
     within_s = min(FIND_S, answer_s)
     if settings.redis_sentinels:
-        sentinels = _Sentinels(settings.redis_sentinels, within_s=within_s, ssl=settings.redis_tls)
+        sentinels = _Sentinels(settings.redis_sentinels, within_s=within_s, **tls)
         return _found(settings.redis_sentinel_name, sentinels, **options, **greeted)
     if (tag := hash_tag(settings.key_prefix)) is not None:
         nodes = _Nodes((settings.redis_host, settings.redis_port), within_s=within_s, **options)
         kind = _NodeTlsConnection if settings.redis_tls else _NodeConnection
         return _found(str(key_slot(tag.encode())), nodes, connection_class=kind, **options, **greeted)
     return store.client(host=settings.redis_host, port=settings.redis_port, **options, **greeted)
+
+
+def _tls(settings: Settings) -> dict[str, Any]:
+    if not settings.redis_tls:
+        return {"ssl": False}
+    given = {
+        "ssl_ca_certs": settings.redis_tls_ca,
+        "ssl_certfile": settings.redis_tls_cert,
+        "ssl_keyfile": settings.redis_tls_key,
+    }
+    return {"ssl": True, **{name: str(path) for name, path in given.items() if path is not None}}
 
 
 @asynccontextmanager

@@ -20,11 +20,11 @@ from events.intake import Intake
 from events.journal import Journal
 from events.keys import Keys
 from events.store import UnavailableError
-from governor import logs
-from governor.actuator import Actuator, PendingNote
+from governor import access, logs
 from governor.binance import Binance
 from governor.connection import Door, client, ledger_on, now, place, refuse_plain_prefix, watch
 from governor.durability import Server, durability, identity, refusal
+from governor.helper import actuator_of, notes_of
 from governor.history import Keeper
 from governor.http import Answer, HttpServer
 from governor.lease import Lease, new_owner
@@ -82,7 +82,7 @@ async def serve(settings: Settings) -> None:
             key=settings.audit_key.encode() or None,
             fsync=settings.journal_fsync,
         ),
-        partial(_look_at_server, commits, door),
+        partial(_look_at_server, commits, door, settings),
         permit_ttl_us=settings.policy.permit_ttl_us,
         clock=now,
         always=settings.journal_fsync == "always",
@@ -108,8 +108,9 @@ async def serve(settings: Settings) -> None:
         ledger=ledger,
         intake=Intake(reads, {keys.plans: "0", keys.results: "$"}),
         exchange=exchange,
-        actuator=Actuator(config_path=settings.apply_config_path, service=settings.apply_service, clock=now),
-        note=PendingNote(settings.apply_config_path),
+        actuator=actuator_of(settings),
+        note=notes_of(settings)[0],
+        more_notes=notes_of(settings)[1:],
         notifier=notifier,
         clock=now,
         metrics=metrics,
@@ -127,9 +128,10 @@ async def serve(settings: Settings) -> None:
         redis=place(settings),
         exchange=settings.base_url if exchange is not None else None,
         metrics_port=http.port,
+        disarm=governor.actuator.describe(),
     )
     try:
-        await refuse_plain_prefix(commits, settings)
+        await _refuse_place(commits, settings)
         accept = partial(_accept_server, commits, settings)
         watching = [loop.create_task(watch(each)) for each in (commits, reads, leases) if each is not None]
         running = loop.create_task(governor.run(ready=lambda: _ready(notifier), accept=accept))
@@ -192,11 +194,35 @@ def _exchange(settings: Settings, metrics: Metrics, *, blocked_until_us: int) ->
     )
 
 
-async def _look_at_server(connection: redis.asyncio.Redis, door: Door) -> Server:
-    """Who answers now; from here on no other process does."""
+async def _refuse_place(connection: redis.asyncio.Redis, settings: Settings) -> None:
+    """Hold the settings against what they lead to. Not reachable: nothing is refused, `_look_at_server` tells later.
+
+    Raises:
+        SettingsError: a cluster, and the keys would be spread over it; a user without the rights the daemon needs.
+    """
+    try:
+        found = await access.missing(connection, Keys(settings.key_prefix))
+    except UnavailableError:
+        return
+    await refuse_plain_prefix(connection, settings)
+    for finding in found:
+        log.warning("the Redis user lacks a right", right=finding.name, needed_by_daemon=finding.verdict == "bad")
+    if (why := access.refusal(settings.redis_username, found)) is not None:
+        raise SettingsError(why)
+
+
+async def _look_at_server(connection: redis.asyncio.Redis, door: Door, settings: Settings) -> Server:
+    """Who answers now, and lets us do what we do; from here on no other process does.
+
+    Raises:
+        UnavailableError: no server, no answer, or no use: without its rights a commit would be cut off in the middle.
+    """
     door.run_id = None
     server = await identity(connection)
     door.run_id = server.run_id
+    found = await access.missing(connection, Keys(settings.key_prefix))
+    if (why := access.refusal(settings.redis_username, found)) is not None:
+        raise UnavailableError(why)
     return server
 
 
@@ -212,6 +238,14 @@ async def _accept_server(connection: redis.asyncio.Redis, settings: Settings) ->
             break
         except UnavailableError:
             await asyncio.sleep(1.0)
+    default = await access.default_user(connection, settings)
+    for finding in default:
+        log.warning("not as it should be", what=finding.name, seen=finding.seen, wanted=finding.wanted)
+        if finding.verdict == "bad" and settings.require_durable:
+            raise SettingsError(
+                f"GOV_REQUIRE_DURABLE is true, expected a server that keeps what it is told: its {finding.name} "
+                f"{finding.seen}, expected {finding.wanted}"
+            )
     for finding in found.findings:
         if finding.verdict != "ok":
             log.warning(

@@ -16,10 +16,12 @@ import msgspec
 
 from events.decimals import ZERO
 from events.types import (
+    ApplyModeDrifted,
     Check,
     Context,
     Decision,
     DisarmStarted,
+    DriftEnded,
     ErrorRecorded,
     Event,
     Execution,
@@ -47,6 +49,8 @@ from projections.state import DISARMED, State, evolve
 
 DRY_RUN = "dry_run"
 ACTION_TAKEN = "APPLY_MODE=dry_run + restart"
+DRIFT_MOST = 64
+"""Characters kept of a mode that somebody wrote by hand."""
 ALL = None
 """Scope of a throttle that holds for every symbol."""
 
@@ -331,6 +335,17 @@ def rearm(state: State, *, reason: str, operator: str, force: bool, halt: bool) 
         raise RearmRefusedError("the emergency brake is set; delete its key (governor:halt), or use --force")
     advance(state.mode.state, "rearm")
     return [Rearmed(reason=reason, operator=operator, epoch=state.mode.epoch + 1, forced=force)]
+
+
+def drift(state: State, apply_mode: str | None) -> list[Event]:
+    """What the mode in the Apply Layer's file says after a disarm is done. A file that gives none says nothing."""
+    mode = state.mode
+    if mode.disarm is None or not mode.disarm.done or apply_mode is None:
+        return []
+    if apply_mode == DRY_RUN:
+        return [] if mode.drift is None else [DriftEnded(epoch=mode.epoch)]
+    seen = apply_mode[:DRIFT_MOST]
+    return [] if seen == mode.drift else [ApplyModeDrifted(epoch=mode.epoch, apply_mode=seen)]
 
 
 def _should_know(state: State, result: Result, now: int) -> bool:

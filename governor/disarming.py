@@ -17,7 +17,7 @@ import structlog
 
 from events.store import StoreError
 from events.types import AutoDisarm, DisarmFailed, DisarmStarted, Event, ManualDisarm
-from governor.actuator import Actuator, ActuatorError, Proof
+from governor.actuator import ActuatorError, Hand, Proof
 from governor.decider import ACTION_TAKEN, disarm_by_hand
 from governor.ledger import Outcome, Proposal, Propose
 from projections.state import Disarm, State
@@ -45,7 +45,7 @@ def pending(state: State) -> Disarm | None:
 
 async def carry_out(
     ledger: Submits,
-    actuator: Actuator,
+    actuator: Hand,
     *,
     submit: Callable[[Propose], Awaitable[Outcome]],
     refresh: Callable[[], Awaitable[None]],
@@ -70,7 +70,7 @@ async def carry_out(
             disarm = pending(ledger.state)
             if disarm is None:
                 return True
-            proof = msgspec.to_builtins(actuator.force_dry_run())
+            proof = msgspec.to_builtins(actuator.force_dry_run(disarm.reason))
             log.warning(
                 "disarmed", reason=disarm.reason, epoch=disarm.epoch, action_taken=ACTION_TAKEN, **_short(proof)
             )

@@ -67,6 +67,26 @@ def readings(data: bytes, name: str) -> tuple[str | None, str | None]:
     return effective(data, name), effective(data, name, since_254=True)
 
 
+def variables(data: bytes) -> dict[str, str]:
+    """Return every variable systemd takes from the file; names it ignores are left out.
+
+    Raises:
+        ValueError: systemd would not load the file, or its versions read it differently; the message says what.
+    """
+    if (why := refusal(data)) is not None:
+        raise ValueError(why)
+    old, new = (
+        {name.decode(): value.decode() for name, value in _pairs(data, since_254=newer)} for newer in (False, True)
+    )
+    if old != new:
+        differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        raise ValueError(
+            f"systemd before and since 254 read {', '.join(differing)} differently, "
+            "expected no comment that ends in a backslash"
+        )
+    return {name: value for name, value in old.items() if _SAFE_NAME.fullmatch(name)}
+
+
 def refusal(data: bytes) -> str | None:
     """Say why systemd would not load the file at all; None when it does."""
     if b"\0" in data:

@@ -20,6 +20,7 @@ from events.types import (
     Throttled,
     UnpermittedExecution,
 )
+from governor.binance_errors import ERROR_KINDS as EXCHANGE_ERRORS
 from governor.gates import REASONS
 from governor.machine import STATES
 from governor.plans import entry_time
@@ -32,6 +33,7 @@ DISARM_REASONS = ("burst_limit_breach", "repeated_errors", "unpermitted_executio
 ERROR_KINDS = (
     "malformed_plan", "plan_lost", "evaluation_error", "expired_permit_executed", "excess_quantity", "execution_error",
 )  # fmt: skip
+ENDPOINTS = ("position", "mark", "mark_all", "time", "ping")
 DECISION_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 30)
 EXCHANGE_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
@@ -46,6 +48,8 @@ class SymbolRow(NamedTuple):
     quantity: float
     notional_limit: float | None
     quantity_limit: float | None
+    hour_limit: int | None = None
+    five_minutes_limit: int | None = None
 
 
 class Snapshot(NamedTuple):
@@ -73,6 +77,11 @@ class Snapshot(NamedTuple):
     quarantined: bool = False
     hold_seconds: float = 0.0
     journal_up: bool = True
+    drift: bool = False
+    ready: bool = True
+    disarmed: str | None = None
+    """Why it is disarmed, as `disarm_label` has it; None while it is not."""
+    errors_limit: int | None = None
 
 
 def snapshot_symbols(state: State, policy: Policy, now: int, most: int) -> tuple[tuple[SymbolRow, ...], int]:
@@ -94,6 +103,8 @@ def snapshot_symbols(state: State, policy: Policy, now: int, most: int) -> tuple
                 float(counted.quantity),
                 None if limits.notional_per_day is None else float(limits.notional_per_day),
                 None if limits.qty_per_day is None else float(limits.qty_per_day),
+                limits.per_hour,
+                limits.per_5min,
             )
         )
     return tuple(rows), left
@@ -143,11 +154,18 @@ class Metrics(Collector):
         )
         info = Gauge("quantum_govern_build_info", "Version of the program.", ["version"], registry=registry)
         info.labels(version).set(1)
+        Gauge(
+            "quantum_govern_start_time_seconds", "When this process started.", registry=registry
+        ).set_to_current_time()
         # A counter that is not there before its first increment hides that increment from increase().
         for reason in DISARM_REASONS:
             self.disarm.labels(reason)
         for kind in ERROR_KINDS:
             self.error.labels(kind)
+        for kind in EXCHANGE_ERRORS:
+            self.exchange_error.labels(kind)
+        for endpoint in ENDPOINTS:
+            self.exchange_seconds.labels(endpoint)
         for reason in ("not_execute", "duplicate_plan", "evaluation_error"):
             self.skip.labels(reason)
         registry.register(self)
@@ -176,8 +194,7 @@ class Metrics(Collector):
             case PlanRejected() as event:
                 self.block.labels(self.symbol(event.symbol), "invalid_plan").inc()
             case DisarmStarted() as event:
-                reason = "manual" if event.manual else event.reason
-                self.disarm.labels(reason if reason in DISARM_REASONS else OTHER).inc()
+                self.disarm.labels(disarm_label(event.reason, manual=event.manual)).inc()
             case DisarmFailed():
                 self.disarm_failed.inc()
             case ErrorRecorded() as event:
@@ -203,6 +220,12 @@ class Metrics(Collector):
         for name in STATES:
             state.add_metric([name], float(name == snapshot.state))
         yield state
+        disarmed = GaugeMetricFamily(
+            "quantum_govern_disarmed", "1 for what disarmed the gate, while it is.", labels=["reason"]
+        )
+        for name in (*DISARM_REASONS, OTHER):
+            disarmed.add_metric([name], float(name == snapshot.disarmed))
+        yield disarmed
         for name, text, value in (
             ("epoch", "Epoch; a disarm and a re-arm begin a new one.", snapshot.epoch),
             ("permits_outstanding", "Permits granted and not yet settled.", snapshot.outstanding),
@@ -218,15 +241,21 @@ class Metrics(Collector):
             ("last_evaluation_timestamp_seconds", "When the evaluation loop last went round.", snapshot.loop_at),
             ("symbols_truncated", "Symbols without metrics of their own.", snapshot.truncated),
             ("apply_dry_run", "1 while the Apply Layer's file says dry run.", snapshot.apply_dry_run),
+            ("drift", "1 while DISARMED with the Apply Layer's file set off dry run by hand.", snapshot.drift),
             ("active", "1 for the governor that reads plans, 0 for a standby.", snapshot.active),
             ("quarantined", "1 while the stream's history contradicts the journal's.", snapshot.quarantined),
             ("hold_seconds", "How long permits are still held back after history was lost.", snapshot.hold_seconds),
             ("journal_up", "1 while the journal can be written.", snapshot.journal_up),
+            ("ready", "1 while plans are being decided, as /readyz has it.", snapshot.ready),
         ):
             yield GaugeMetricFamily(f"quantum_govern_{name}", text, value=float(value))
         if snapshot.total_limit is not None:
             yield GaugeMetricFamily(
                 "quantum_govern_daily_notional_limit_usd", "Limit over all symbols.", value=snapshot.total_limit
+            )
+        if snapshot.errors_limit is not None:
+            yield GaugeMetricFamily(
+                "quantum_govern_errors_limit", "Errors that disarm; half of them throttle.", value=snapshot.errors_limit
             )
         conflicts = Metric("quantum_govern_commit_conflicts", "Commits that found the head moved.", "counter")
         conflicts.add_sample("quantum_govern_commit_conflicts_total", {}, float(snapshot.conflicts))
@@ -238,6 +267,8 @@ def _by_symbol(rows: tuple[SymbolRow, ...]) -> Iterator[Metric]:
     for name, text, values in (
         ("exec_count_hour", "Executions in the last hour.", [row.hour for row in rows]),
         ("exec_count_5min", "Executions in the last 5 minutes.", [row.five_minutes for row in rows]),
+        ("exec_limit_hour", "Executions allowed in an hour.", [row.hour_limit for row in rows]),
+        ("exec_limit_5min", "Executions allowed in 5 minutes.", [row.five_minutes_limit for row in rows]),
         ("symbol_daily_notional_usd", "Notional counted today.", [row.notional for row in rows]),
         ("symbol_daily_quantity", "Quantity counted today, base units.", [row.quantity for row in rows]),
         ("symbol_daily_notional_limit_usd", "Its limit.", [row.notional_limit for row in rows]),
@@ -248,6 +279,12 @@ def _by_symbol(rows: tuple[SymbolRow, ...]) -> Iterator[Metric]:
             if value is not None:
                 family.add_metric([row.symbol], float(value))
         yield family
+
+
+def disarm_label(reason: str, *, manual: bool) -> str:
+    """The label value for what disarmed: one of a closed set."""
+    told = "manual" if manual else reason
+    return told if told in DISARM_REASONS else OTHER
 
 
 def _known(reason: str | None) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from governor.telling import clean
 from governor.times import utc
 
 if TYPE_CHECKING:
@@ -34,16 +35,24 @@ def event_line(recorded: Recorded) -> str:
         )
         if data.get(name) is not None
     ]  # fmt: skip
+    if "apply_mode" in data and "verdict" not in data:  # every decision has it as well
+        shown.append(f"apply_mode={clean(data['apply_mode'])}")
     name = click.style(f"{recorded.event.NAME:<22}", fg=_colour(recorded.event.NAME, data.get("verdict")))
     return f"{recorded.seq:>8}  {utc(recorded.at / 1e6)}  {name} {' '.join(shown)}"
 
 
+_RED = ("DISARM_STARTED", "AUTO_DISARM", "MANUAL_DISARM", "DISARM_FAILED", "UNPERMITTED_EXECUTION",
+        "APPLY_MODE_DRIFTED")  # fmt: skip
+_YELLOW = ("THROTTLED", "ERROR_RECORDED", "PLAN_REJECTED", "PLAN_LOST")
+_GREEN = ("REARMED", "RECOVERED", "DRIFT_ENDED", "APPLY_MODE_RESTORED")
+
+
 def _colour(name: str, verdict: str | None) -> str | None:
-    if name in ("DISARM_STARTED", "AUTO_DISARM", "MANUAL_DISARM", "DISARM_FAILED", "UNPERMITTED_EXECUTION"):
+    if name in _RED:
         return "red"
-    if name in ("THROTTLED", "ERROR_RECORDED", "PLAN_REJECTED", "PLAN_LOST") or verdict == "BLOCK":
+    if name in _YELLOW or verdict == "BLOCK":
         return "yellow"
-    return "green" if verdict == "EXECUTE" or name in ("REARMED", "RECOVERED") else None
+    return "green" if verdict == "EXECUTE" or name in _GREEN else None
 
 
 def print_status(told: dict[str, Any]) -> None:
@@ -61,6 +70,8 @@ def print_status(told: dict[str, Any]) -> None:
         click.secho(
             f"DISARM UNFINISHED after {told['disarm']['attempts']} attempts: {told['disarm']['error']}", fg="red"
         )
+    if told["drift"] is not None:
+        click.secho(f"DRIFT: the Apply Layer's file says APPLY_MODE={clean(told['drift'])}, set by hand", fg="red")
     row = "{:<14} {:>9} {:>9} {:>22} {:>22}  {}"
     if told["symbols"]:
         click.echo(row.format("symbol", "1 h", "5 min", "USD today", "quantity today", "next allowed"))

@@ -20,9 +20,11 @@ import msgspec
 from events import chain
 from events.codec import FOLDED, decode
 from events.types import (
+    ApplyModeDrifted,
     Context,
     Decision,
     DisarmStarted,
+    DriftEnded,
     Entry,
     ErrorRecorded,
     Event,
@@ -286,6 +288,10 @@ def decide_again(  # noqa: C901, PLR0911, PLR0912 - one case an event
                 )
             except decider.RearmRefusedError:
                 return ()
+        case ApplyModeDrifted():
+            return decider.drift(state, event.apply_mode)
+        case DriftEnded():
+            return decider.drift(state, decider.DRY_RUN)
         case (
             Decision() | DisarmStarted() | PermitRevoked() | PermitConsumed() | ErrorRecorded() | Throttled()
             | UnpermittedExecution()

@@ -17,10 +17,11 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
@@ -31,14 +32,14 @@ from events.keys import Keys, day_of
 from events.store import Ack, Require, RequirementError, StoreError, Write
 from events.types import Decision, Event, Recorded, SettingsLoaded
 from governor import decider, disarming, permits
-from governor.actuator import Actuator, ActuatorError, PendingNote
+from governor.actuator import Hand, Pending, PendingNote
 from governor.checkpointing import Checkpointer
 from governor.gates import Situation
 from governor.history import QuarantineError
 from governor.lease import Lease
 from governor.ledger import Ledger, Outcome, Proposal
 from governor.market import Market
-from governor.metrics import Metrics, Snapshot, snapshot_symbols
+from governor.metrics import Metrics, Snapshot, disarm_label, snapshot_symbols
 from governor.notify import Notifier
 from governor.plans import MalformedPlanError, Plan, entry_time, parse_plan
 from governor.results import parse_result
@@ -55,6 +56,8 @@ READ_MOST = 200
 RUN_MOST = 32
 """Plans of one symbol put into one commit."""
 SWEEP_S = 0.1
+BUSY_S = 0.5
+"""Whoever else disarms is given this long; asking root's helper starts a process each time."""
 BEAT_S = 1.0
 SYNC_S = 0.25
 MARKET_FRESH_US = 5_000_000
@@ -94,8 +97,9 @@ class Governor:
         ledger: Ledger,
         intake: Intake,
         exchange: Exchange | None,
-        actuator: Actuator,
+        actuator: Hand,
         note: PendingNote,
+        more_notes: Sequence[PendingNote] = (),
         notifier: Notifier,
         clock: Callable[[], int],
         metrics: Metrics | None = None,
@@ -115,7 +119,9 @@ class Governor:
             intake.on_lost = self._tell_lost
         self.exchange = exchange
         self.actuator = actuator
-        self.note = note
+        self.notes = (note, *more_notes)
+        self._kept: set[tuple[Path, int]] = set()
+        """Notes that could not be removed, by path and time: not tried again, and no harm once they are told."""
         self.notifier = notifier
         self.clock = clock
         self.metrics = metrics
@@ -406,9 +412,16 @@ class Governor:
         return self.ledger.keeper.quarantine if self.ledger.keeper is not None else None
 
     def _situation(self, now: int) -> Situation:
-        halt = self.ledger.halted or os.path.lexists(self.note.path)
+        halt = self.ledger.halted or any(map(self._untold, self.notes))
         history = self.ledger.keeper.verdict if self.ledger.keeper is not None else "whole"
         return Situation(now=now, apply_mode=self.actuator.apply_mode(), halt=halt, history=history)
+
+    def _untold(self, note: PendingNote) -> bool:
+        """Whether somebody disarmed and it is no event yet."""
+        if not os.path.lexists(note.path):
+            return False
+        pending = note.read_pending()
+        return pending is not None and pending.timestamp_us not in self.ledger.state.noted
 
     def _propose(
         self,
@@ -506,7 +519,9 @@ class Governor:
         self.ledger.skew_us = await self.ledger.store.clock() - self.clock()
         if state is None:
             await self.ledger.submit(lambda state, _now: Proposal(writes=[views.state_write(state, self.keys)]))
-        await self._take_note()
+        for note in self.notes:
+            await self._take_note(note)
+        await self._look_for_drift()
         self._tell_anchor()
         held_back = getattr(self.exchange, "blocked_until_us", 0)
         if held_back != self._ban_us:
@@ -574,28 +589,43 @@ class Governor:
             urgent=True,
         )
 
-    async def _take_note(self) -> None:
-        """A disarm that was done by hand while Redis was away becomes events now."""
-        pending = self.note.read_pending()
+    async def _take_note(self, note: PendingNote) -> None:
+        """A disarm that could not become an event becomes one now: done by hand without Redis, or by the dead man."""
+        pending = note.read_pending()
         if pending is None:
             return
-        await self.ledger.submit(
-            lambda state, _now: Proposal(
-                disarming.told_later(
-                    state,
-                    reason=pending.reason,
-                    operator=pending.operator,
-                    proof=pending.proof,
-                    noted_us=pending.timestamp_us,
-                )
+        kept = (note.path, pending.timestamp_us)
+        if pending.timestamp_us not in self.ledger.state.noted:
+            if kept in self._kept and disarming.pending(self.ledger.state) is not None:
+                return  # another disarm is to be proven first; then this one is told
+            outcome = await self.ledger.submit(partial(self._propose_noted, pending))
+            if outcome.error is not None:
+                raise outcome.error
+        if kept in self._kept:
+            return
+        try:
+            note.clear_pending(pending)
+        except OSError as error:
+            self._kept.add(kept)
+            log.warning("the note of a disarm stays where it is", path=str(note.path), error=str(error))
+
+    def _propose_noted(self, pending: Pending, state: State, _now: int) -> Proposal:
+        return Proposal(
+            disarming.told_later(
+                state,
+                reason=pending.reason,
+                operator=pending.operator,
+                proof=pending.proof,
+                noted_us=pending.timestamp_us,
             )
         )
-        try:
-            with self.actuator.locked() as taken:
-                if taken:  # else the next sweep removes it: a note is told once
-                    self.note.clear_pending(pending)
-        except (ActuatorError, OSError) as error:
-            log.error("the note of a disarm cannot be removed", path=str(self.note.path), error=str(error))
+
+    async def _look_for_drift(self) -> None:
+        if self.ledger.state.mode.state == DISARMED and self._drift(self.ledger.state):
+            await self.ledger.submit(lambda state, _now: Proposal(self._drift(state)))
+
+    def _drift(self, state: State) -> list[Event]:
+        return decider.drift(state, self.actuator.apply_mode())
 
     def _begin_disarm(self) -> None:
         if disarming.pending(self.ledger.state) is None or self.stands_by:
@@ -608,6 +638,8 @@ class Governor:
             done = await disarming.carry_out(
                 self.ledger, self.actuator, submit=self.ledger.submit, refresh=self.ledger.refresh
             )
+            if done is None:
+                self._disarm_due = time.monotonic() + BUSY_S
             if done is False:
                 disarm = self.ledger.state.mode.disarm
                 self._disarm_due = time.monotonic() + disarming.back_off(disarm.attempts if disarm is not None else 1)
@@ -672,6 +704,10 @@ class Governor:
         skew_s = self.ledger.skew_us / 1e6
         if abs(skew_s) > CLOCK_OFF_S:
             notes.append(f"this clock is {abs(skew_s):.1f} s {'behind' if skew_s > 0 else 'ahead of'} Redis'")
+        if mode.drift is not None:
+            notes.append(f"drift: {self._file_says(mode.drift)} while DISARMED, set by hand; governor disarm undoes it")
+        elif mode.state == DISARMED and self.actuator.apply_mode() is None:
+            notes.append(self._file_says(None))
         held_back = getattr(self.exchange, "blocked_until_us", 0)
         if held_back > self.clock():
             notes.append(f"exchange calls are held back for {(held_back - self.clock()) / 1e6:.0f} s more")
@@ -693,6 +729,10 @@ class Governor:
         }
         return not problems, content
 
+    def _file_says(self, apply_mode: str | None) -> str:
+        said = "gives no APPLY_MODE that can be read" if apply_mode is None else f"says APPLY_MODE={apply_mode}"
+        return f"{self.settings.apply_config_path} {said}"
+
     def _hold_s(self) -> float:
         """How long permits are still held back because history was lost."""
         until = max(
@@ -707,6 +747,7 @@ class Governor:
         oldest = min((queue[0].entry_id for queue in self._queues.values() if queue), default=None, key=entry_time)
         limit = self.policy.total_notional_per_day
         at = max(now, state.time)
+        disarm = state.mode.disarm if state.mode.state == DISARMED else None
         return Snapshot(
             state=state.mode.state,
             epoch=state.mode.epoch,
@@ -730,6 +771,10 @@ class Governor:
             quarantined=self.quarantine is not None,
             hold_seconds=self._hold_s(),
             journal_up=self.ledger.keeper is None or self.ledger.keeper.behind is None,
+            drift=state.mode.drift is not None,
+            ready=self.ready()[0],
+            disarmed=None if disarm is None else disarm_label(disarm.reason, manual=disarm.manual),
+            errors_limit=self.policy.disarm_on_errors,
         )
 
 
@@ -737,11 +782,15 @@ _TOLD = frozenset(
     {
         "PLAN_REJECTED", "PLAN_LOST", "PERMIT_CONSUMED", "PERMIT_EXPIRED", "PERMIT_REVOKED", "EXECUTION",
         "UNPERMITTED_EXECUTION", "ERROR_RECORDED", "THROTTLED", "RECOVERED", "DISARM_STARTED", "REARMED",
+        "APPLY_MODE_DRIFTED", "DRIFT_ENDED", "APPLY_MODE_RESTORED",
     }
 )  # fmt: skip
 _LOUD = frozenset(
-    {"PLAN_REJECTED", "PLAN_LOST", "UNPERMITTED_EXECUTION", "ERROR_RECORDED", "THROTTLED", "DISARM_STARTED"}
-)
+    {
+        "PLAN_REJECTED", "PLAN_LOST", "UNPERMITTED_EXECUTION", "ERROR_RECORDED", "THROTTLED", "DISARM_STARTED",
+        "APPLY_MODE_DRIFTED",
+    }
+)  # fmt: skip
 
 
 def _details(event: Event) -> dict[str, Any]:
@@ -756,6 +805,7 @@ def _details(event: Event) -> dict[str, Any]:
         "executed",
         "epoch",
         "operator",
+        "apply_mode",
         "count",
     )
     return {name: getattr(event, name) for name in names if getattr(event, name, None) is not None}

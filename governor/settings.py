@@ -51,6 +51,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis_username: str
     redis_password: str
     redis_tls: bool
+    redis_tls_ca: Path | None
+    """None: the authorities the system trusts."""
+    redis_tls_cert: Path | None
+    redis_tls_key: Path | None
+    """None: it is in the certificate's file."""
     redis_sentinels: tuple[tuple[str, int], ...]
     """Host and port of each; none: `redis_host` is the server."""
     redis_sentinel_name: str
@@ -59,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     key_prefix: str
     apply_config_path: Path
     apply_service: str
+    disarm_socket: Path | None
+    """None: the process that disarms rewrites the file itself."""
     metrics_host: str
     metrics_port: int
     base_url: str
@@ -71,6 +78,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str
     log_level: str
     symbol_labels: int
+    state_dir: Path
+    """Where this program keeps files."""
     journal_dir: Path
     journal_fsync: Literal["interval", "always"]
     archive_dir: Path
@@ -92,8 +101,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def own_journal(self) -> Path:
         """The account's directory in the journal's."""
-        slug = "".join(char if char.isalnum() or char in "-_" else f"%{ord(char):02x}" for char in self.key_prefix)
-        return self.journal_dir / slug
+        prefix = self.key_prefix
+        return self.journal_dir / "".join(
+            char if char.isalnum() or char in "-_" else f"%{ord(char):02x}" for char in prefix
+        )
 
     @property
     def credentials(self) -> bool:
@@ -188,7 +199,13 @@ def _path(value: str) -> Path:
     return Path(value)
 
 
-def _directory(value: str) -> Path | None:
+def _socket(value: str) -> Path | None:
+    if len(value.encode()) > 107:
+        raise ValueError("a path of at most 107 bytes, as sockets have")
+    return _path_or_none(value)
+
+
+def _path_or_none(value: str) -> Path | None:
     return _path(value) if value else None
 
 
@@ -199,6 +216,11 @@ TABLE: tuple[Row, ...] = (
     Row("REDIS_USERNAME", "", "ACL user, if the server asks for one.", "redis_username"),
     Row("REDIS_PASSWORD", "", "Its password.", "redis_password", secret=True),
     Row("REDIS_TLS", "false", "Whether to speak TLS to it.", "redis_tls", policy.flag),
+    Row("REDIS_TLS_CA", "", "File with certificates (PEM) of the authorities that may vouch for the server, such as "
+        "your own. Empty: those the system trusts.", "redis_tls_ca", _path_or_none),
+    Row("REDIS_TLS_CERT", "", "File with our own certificate (PEM), where the server asks for one.", "redis_tls_cert",
+        _path_or_none),
+    Row("REDIS_TLS_KEY", "", "File with its key; empty: it is in the same file.", "redis_tls_key", _path_or_none),
     Row("REDIS_SENTINELS", "", "Sentinels that know where the primary is; then REDIS_HOST and REDIS_PORT are not used. "
         "REDIS_TLS counts for them too; they are asked without a password.", "redis_sentinels", _addresses),
     Row("REDIS_SENTINEL_NAME", "mymaster", "What they call it.", "redis_sentinel_name", _word),
@@ -229,6 +251,8 @@ TABLE: tuple[Row, ...] = (
     Row("APPLY_CONFIG_PATH", "/etc/quantum/apply-layer.env", "The Apply Layer's environment file.",
         "apply_config_path", _path),
     Row("APPLY_SERVICE", "quantum-apply-layer.service", "Its systemd service.", "apply_service", _service),
+    Row("GOV_DISARM_SOCKET", "", "Socket of root's helper, which can set the Apply Layer to dry run and nothing else. "
+        "Empty: the Governor does it itself, as root or as a user who may.", "disarm_socket", _socket),
     Row("BINANCE_TESTNET_API_KEY", "", "Exchange credentials; without them quantity limits decide.", "api_key",
         _credential, secret=True),
     Row("BINANCE_TESTNET_API_SECRET", "", "The same.", "api_secret", _credential, secret=True),
@@ -239,13 +263,13 @@ TABLE: tuple[Row, ...] = (
     Row("GOV_AUDIT_KEY", "", "Key of the event chain: with it, nobody without it can rebuild the chain.", "audit_key",
         secret=True),
     Row("GOV_JOURNAL_DIR", "", "Where the daemon keeps its own copy of the events. Empty: a directory a server in "
-        "`journal` in `$STATE_DIRECTORY`, else in `~/.local/state/quantum-governor`.", "journal_dir", _directory),
+        "`journal` in `$STATE_DIRECTORY`, else in `~/.local/state/quantum-governor`.", "journal_dir", _path_or_none),
     Row("GOV_JOURNAL_FSYNC", "interval", "`interval`: on disk within a second, a killed process loses nothing. "
         "`always`: what is about to be permitted is on disk before, for Redis on another machine.", "journal_fsync",
         _choice("interval", "always")),
     Row("GOV_ARCHIVE_DIR", "", "Where `governor archive` keeps its files, and every reader looks for what the stream "
         "no longer has. Empty: `archive` in `$STATE_DIRECTORY`, else in `~/.local/state/quantum-governor`.",
-        "archive_dir", _directory),
+        "archive_dir", _path_or_none),
     Row("GOV_LEASE_SEC", "3", "Of several governors one is active; within this time of its end a standby takes over. "
         "off: all of them read plans.", "lease_s", _lease_s),
     Row("GOV_CHECKPOINT_EVENTS", "10000", "Events after which the daemon has a checkpoint written; a start reads the "
@@ -262,10 +286,15 @@ TABLE: tuple[Row, ...] = (
         _choice("DEBUG", "INFO", "WARNING", "ERROR")),
 )  # fmt: skip
 NAMES = tuple(row.name for row in TABLE)
+TLS_FILES = ("REDIS_TLS_CA", "REDIS_TLS_CERT", "REDIS_TLS_KEY")
 
 
-def load(environ: Mapping[str, str] = os.environ) -> Settings:
+def load(environ: Mapping[str, str] = os.environ, *, stopping: bool = False) -> Settings:
     """Read every setting.
+
+    Args:
+        environ: the variables.
+        stopping: whether files of TLS may be unusable: then Redis is not reachable, and a stop works without it.
 
     Raises:
         SettingsError: the first variable that cannot be used.
@@ -273,6 +302,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     credentials = _credentials(environ)
     given = {row.name: environ.get(row.name, row.default) for row in TABLE} | credentials
     fields = {row.field: _read(row, given[row.name]) for row in TABLE if row.field is not None}
+    if fields["redis_tls"] and not stopping:
+        _check_tls_files(given)
     fields["archive_dir"] = archive = fields["archive_dir"] or state_directory(environ) / "archive"
     journal = fields["journal_dir"] or state_directory(environ) / "journal" / _server_name(fields)
     fields["journal_dir"] = journal
@@ -287,19 +318,20 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         raise SettingsError(str(error)) from None
     return Settings(
         **fields,
+        state_dir=state_directory(environ),
         policy=the_policy,
         texts=texts,
         symbol_texts=by_symbol,
         digest=policy.digest(texts, by_symbol),
         effective={row.name: _masked(row, given[row.name]) for row in TABLE}
         | {"GOV_ARCHIVE_DIR": str(archive), "GOV_JOURNAL_DIR": str(journal)},
-        warnings=tuple(_warnings(environ, credentials)),
+        warnings=(*_warnings(environ, credentials), *_no_burst(the_policy)),
     )
 
 
-STOPPING = ("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_USERNAME", "REDIS_PASSWORD", "REDIS_TLS", "REDIS_SENTINELS",
-            "REDIS_SENTINEL_NAME", "GOV_KEY_PREFIX", "APPLY_CONFIG_PATH", "APPLY_SERVICE", "GOV_AUDIT_KEY",
-            "GOV_LOG_FORMAT")  # fmt: skip
+STOPPING = ("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_USERNAME", "REDIS_PASSWORD", "REDIS_TLS", "REDIS_TLS_CA",
+            "REDIS_TLS_CERT", "REDIS_TLS_KEY", "REDIS_SENTINELS", "REDIS_SENTINEL_NAME", "GOV_KEY_PREFIX",
+            "APPLY_CONFIG_PATH", "APPLY_SERVICE", "GOV_DISARM_SOCKET", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT")  # fmt: skip
 """What a stop by hand needs: nothing else that is wrong may keep a person from it."""
 
 
@@ -309,7 +341,42 @@ def load_for_stop(environ: Mapping[str, str] = os.environ) -> Settings:
     Raises:
         SettingsError: one of those is wrong.
     """
-    return load({name: value for name, value in environ.items() if name in STOPPING or name in _SYSTEMD})
+    return load({name: value for name, value in environ.items() if name in STOPPING or name in _SYSTEMD}, stopping=True)
+
+
+def _check_tls_files(given: Mapping[str, str]) -> None:
+    """With a file that cannot be used nothing connects, and the client would not tell which one it was.
+
+    Raises:
+        SettingsError: one of them.
+    """
+    import ssl  # noqa: PLC0415 - slow to load, and most do without
+
+    authorities, own, key = (given[name] for name in TLS_FILES)
+    if key and not own:
+        raise SettingsError(f"REDIS_TLS_KEY is {key!r} without REDIS_TLS_CERT, expected both or neither")
+    for name in TLS_FILES:
+        try:
+            if given[name]:
+                Path(given[name]).read_bytes()
+        except OSError as error:
+            raise SettingsError(f"{name} is {given[name]!r}, expected a readable file: {error.strerror}") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if authorities:
+            context.load_verify_locations(authorities)
+    except ssl.SSLError as error:
+        raise SettingsError(
+            f"REDIS_TLS_CA is {authorities!r}, expected certificates in PEM: {error.reason or error}"
+        ) from None
+    try:
+        if own:
+            context.load_cert_chain(own, key or None, password="")  # without one, OpenSSL would ask the terminal
+    except ssl.SSLError as error:
+        raise SettingsError(
+            f"REDIS_TLS_CERT is {own!r} and REDIS_TLS_KEY is {key!r}, expected a certificate and its key in PEM, "
+            f"without a passphrase: {error.reason or error}"
+        ) from None
 
 
 def _server_name(fields: Mapping[str, Any]) -> str:
@@ -393,6 +460,15 @@ def limits_file(name: str, path: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def _no_burst(rules: Policy) -> list[str]:
+    return [
+        f"GOV_MAX_EXEC_PER_5MIN is {limits.per_5min}{where}, not below GOV_MAX_EXEC_PER_HOUR ({limits.per_hour}): the "
+        "hour's limit is met first, so a burst never disarms"
+        for where, limits in (("", rules.limits), *((f" for {name}", one) for name, one in rules.by_symbol.items()))
+        if limits.per_hour is not None and limits.per_5min is not None and limits.per_5min >= limits.per_hour
+    ]
+
+
 def _warnings(environ: Mapping[str, str], credentials: Mapping[str, str]) -> list[str]:
     found = [
         f"{name} is in the environment and a credential of the service: the credential is used"
@@ -405,6 +481,9 @@ def _warnings(environ: Mapping[str, str], credentials: Mapping[str, str]) -> lis
             "only one of BINANCE_TESTNET_API_KEY and BINANCE_TESTNET_API_SECRET is set: the exchange is not asked, "
             "quantity limits decide"
         )
+    tls = [name for name in TLS_FILES if given.get(name)]
+    if tls and not policy.flag(given.get("REDIS_TLS", "false")):
+        found.append(f"{tls[0]} is set and REDIS_TLS is false: nothing is encrypted")
     for name in sorted(environ):
         if name.startswith("GOV_") and name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)

@@ -50,6 +50,7 @@ def describe(state: State, rules: Policy, now: int) -> dict[str, Any]:
             "error": disarm.error,
             "notes": list(disarm.notes),
         },
+        "drift": mode.drift,
         "hold_until": unix(state.hold_until) if state.hold_until > now else None,
         "symbols": {
             symbol: symbol_status(book, rules.of(symbol), at, rules, throttled=mode.throttles(symbol))

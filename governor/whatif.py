@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from events.types import (
+    ApplyModeDrifted,
     AutoDisarm,
     Decision,
     DisarmFailed,
     DisarmStarted,
+    DriftEnded,
     ErrorRecorded,
     Event,
     Execution,
@@ -299,7 +301,7 @@ class WhatIf:
         self._assumptions["consumption"] += len(events)
         return first, events
 
-    def _led_to(self, event: Event, at: int) -> Sequence[Event]:  # noqa: PLR0911 - one case an event
+    def _led_to(self, event: Event, at: int) -> Sequence[Event]:  # noqa: C901, PLR0911, PLR0912 - one case an event
         state, policy = self.computed, self._now.computed
         match event:
             case PlanRejected():
@@ -343,11 +345,15 @@ class WhatIf:
                 return decider.rearm(
                     state, reason=event.reason, operator=event.operator, force=event.forced, halt=False
                 )
+            case ApplyModeDrifted():
+                return decider.drift(state, event.apply_mode)
+            case DriftEnded():
+                return decider.drift(state, decider.DRY_RUN)
             case SettingsLoaded():
                 self._load(event, at)
                 return (event,)
             case _:
-                return (event,)  # what was done about history
+                return (event,)  # what was done about history, and with the Apply Layer after a re-arm
 
     def _happens(self, event: Execution, at: int) -> bool:
         """Whether a recorded result happens in the other world too: a client that obeyed the gate does so there."""

@@ -20,11 +20,14 @@ from events.chain import GENESIS
 from events.decimals import ZERO
 from events.keys import day_of
 from events.types import (
+    ApplyModeDrifted,
+    ApplyModeRestored,
     AutoDisarm,
     Context,
     Decision,
     DisarmFailed,
     DisarmStarted,
+    DriftEnded,
     ErrorRecorded,
     Execution,
     HistoryAccepted,
@@ -48,7 +51,7 @@ from projections.permits import ENTRIES_KEPT, MEMORY_US, Plan, Reservation
 from projections.table import Table
 from projections.totals import Day
 
-VERSION = 2
+VERSION = 3
 """Of the state's shape: a checkpoint of another version is not read."""
 
 ARMED, THROTTLED, DISARMED = "ARMED", "THROTTLED", "DISARMED"
@@ -91,6 +94,8 @@ class Disarm(msgspec.Struct, frozen=True, gc=False):
     error: str | None = None
     notes: tuple[str, ...] = ()
     """What the proof leaves open."""
+    backup: str | None = None
+    """Copy of the Apply Layer's file as it was before."""
 
 
 class Mode(msgspec.Struct, frozen=True, gc=False):
@@ -107,6 +112,8 @@ class Mode(msgspec.Struct, frozen=True, gc=False):
     until: int | None = None
     """When a throttle ends if nothing new happens."""
     disarm: Disarm | None = None
+    drift: str | None = None
+    """Mode the Apply Layer's file was set to by hand since the disarm; None while it says dry run."""
 
     def throttles(self, symbol: str) -> bool:
         return any(where is None or where == symbol for where, _ in self.causes)
@@ -257,12 +264,17 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
             counts.disarms += 1
         case AutoDisarm() | ManualDisarm():
             notes = tuple(str(note) for note in event.proof.get("notes", ()))
-            _disarm_changed(state, event.epoch, done=True, error=None, notes=notes)
+            backup = None if (made := event.proof.get("backup")) is None else str(made)
+            _disarm_changed(state, event.epoch, done=True, error=None, notes=notes, backup=backup)
         case DisarmFailed():
             _disarm_changed(state, event.epoch, attempts=event.attempt, error=event.error)
         case Rearmed():
             state.mode = Mode(ARMED, time, event.reason, event.epoch, seq)
             state.errors = ()
+        case ApplyModeDrifted():
+            state.mode = msgspec.structs.replace(state.mode, drift=event.apply_mode)
+        case DriftEnded():
+            state.mode = msgspec.structs.replace(state.mode, drift=None)
         case SettingsLoaded():
             state.settings = event
             if state.mode.seq == 0:
@@ -273,7 +285,7 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
             for entry_id in event.entry_ids:
                 state.entries.renew(entry_id, time)
             counts.lost += event.count
-        case UnpermittedExecution():
+        case UnpermittedExecution() | ApplyModeRestored():
             pass
         case _:
             assert_never(event)

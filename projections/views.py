@@ -14,10 +14,13 @@ from events.decimals import text
 from events.keys import DAY_US, Keys, day_of
 from events.store import Write
 from events.types import (
+    ApplyModeDrifted,
+    ApplyModeRestored,
     AutoDisarm,
     Decision,
     DisarmFailed,
     DisarmStarted,
+    DriftEnded,
     ErrorRecorded,
     Event,
     Execution,
@@ -69,6 +72,9 @@ def touched(events: Iterable[Event]) -> tuple[set[str], bool]:
                 | AutoDisarm()
                 | ManualDisarm()
                 | DisarmFailed()
+                | ApplyModeDrifted()
+                | DriftEnded()
+                | ApplyModeRestored()
                 | HistoryRestored()
                 | HistoryAccepted()
             ):

@@ -1,12 +1,13 @@
 """Golden histories: written once for each version of the events, never edited, read by every later program.
 
-`python -m tests.golden` writes the one of today's version where there is none yet.
+An event that is added without a new version of the others gets a history of its own beside them. `python -m
+tests.golden` writes those of today's version that are not there yet.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from events.chain import GENESIS
@@ -14,6 +15,7 @@ from events.codec import encode
 from events.files import Writer
 from events.types import (
     ALL,
+    ApplyModeRestored,
     AutoDisarm,
     DisarmFailed,
     Entry,
@@ -51,12 +53,12 @@ class Recorder(Spec):
         )
         self.fold(decided.events)
 
-    def proven(self, *, notes: Sequence[str] = ()) -> None:
+    def proven(self, *, notes: Sequence[str] = (), backup: str | None = None) -> None:
         """The disarm in force was carried out."""
         disarm = self.state.mode.disarm
         assert disarm is not None
         taken = decider.ACTION_TAKEN
-        proof = {"notes": list(notes)}
+        proof = {"notes": list(notes)} | ({} if backup is None else {"backup": backup})
         self.given(
             AutoDisarm(
                 reason=disarm.reason, context=disarm.context, action_taken=taken, epoch=disarm.epoch, proof=proof
@@ -134,22 +136,59 @@ def story() -> list[tuple[int, Event]]:
     return one.recorded
 
 
-def entries() -> list[Entry]:
-    """The story as stored."""
+def drift() -> list[tuple[int, Event]]:
+    """A disarm, the file changed by hand while it is in force, and the Apply Layer put back after the re-arm."""
+    one = Recorder()
+    digest = policy.digest(TEXTS, LIMITS)
+    one.given(SettingsLoaded(digest=digest, settings=TEXTS, limits=LIMITS, version="0.2.0", host="golden"))
+    one.settings = digest
+    one.plan("p1")
+    one.disarm()
+    one.look("testnet")
+    one.after(SECOND).proven(backup="/etc/quantum/apply-layer.env.bak.20260124T120000Z")
+    one.look("dry_run")
+    one.after(MINUTE).look("testnet")
+    one.plan("p2")
+    one.look("live")
+    one.look("live")
+    one.after(SECOND).look(None)
+    one.look("dry_run")
+    one.look("x" * 100)
+    one.after(MINUTE).disarm()
+    one.proven()
+    one.look("live")
+    one.after(MINUTE).rearm()
+    one.given(
+        ApplyModeRestored(epoch=one.state.mode.epoch, reason="checked", operator="anna", apply_mode="testnet",
+                          proof={"apply_mode": "testnet", "service": "quantum-apply-layer.service", "notes": []})
+    )  # fmt: skip
+    one.look("live")
+    one.after(MINUTE).plan("p3")
+    return one.recorded
+
+
+STORIES: dict[str, Callable[[], list[tuple[int, Event]]]] = {"": story, "-drift": drift}
+"""By what the file's name has behind the version."""
+
+
+def entries(name: str = "") -> list[Entry]:
+    """A story as stored."""
     head, found = GENESIS, []
-    for at, event in story():
+    for at, event in STORIES[name]():
         found.append(encode(event, after=head, at=at))
         head = Head(found[-1].seq, found[-1].hash)
     return found
 
 
-def path(version: int = VERSION) -> Path:
-    return DATA / f"events-v{version}.jsonl"
+def path(name: str = "", version: int = VERSION) -> Path:
+    return DATA / f"events-v{version}{name}.jsonl"
 
 
 if __name__ == "__main__":
-    if path().exists():
-        sys.exit(f"{path()} is there: a golden history is never written again")
-    with Writer(path(), after=GENESIS, key=None) as writer:
-        writer.add(entries())
-        writer.close()
+    missing = [name for name in STORIES if not path(name).exists()]
+    if not missing:
+        sys.exit("all of them are there: a golden history is never written again")
+    for each in missing:
+        with Writer(path(each), after=GENESIS, key=None) as writer:
+            writer.add(entries(each))
+            writer.close()

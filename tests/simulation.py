@@ -41,9 +41,12 @@ from events.intake import GROUP, SHA, Intake
 from events.keys import Keys
 from events.store import Commit, MemoryStore, RefusedError, StoreError, UnavailableError, Write
 from events.types import (
+    ApplyModeDrifted,
+    ApplyModeRestored,
     AutoDisarm,
     Decision,
     DisarmStarted,
+    DriftEnded,
     Entry,
     Event,
     Execution,
@@ -58,7 +61,7 @@ from events.types import (
     Rearmed,
     UnpermittedExecution,
 )
-from governor import by_hand, disarming, ledger, service
+from governor import by_hand, disarming, ledger, rearming, service
 from governor.actuator import ActuatorError, Pending, Proof
 from governor.ledger import Ledger
 from governor.market import Market
@@ -454,6 +457,8 @@ class Auditor:
         self.pending: int | None = None
         """Epoch of the disarm that has no proof."""
         self.forced_before = 0
+        self.drift: str | None = None
+        """What the Apply Layer's file was set to by hand, as far as it was told."""
         self.noted: set[str | int | None] = set()
         self.told: dict[str, str] = {}
         """Plan entry to the event that told it."""
@@ -580,7 +585,7 @@ class Auditor:
                 noted = event.context.get("noted_us")
                 need(noted is None or noted not in self.noted, "a note is told once", str(noted))
                 self.noted.add(noted)
-                self.disarmed, self.epoch, self.pending = True, event.epoch, event.epoch
+                self.disarmed, self.epoch, self.pending, self.drift = True, event.epoch, event.epoch, None
                 self.forced_before = self.world.host.forced - (noted is not None)
             case AutoDisarm() | ManualDisarm():
                 need(event.epoch == self.pending, "a proof has its disarm", f"{event.epoch}, open is {self.pending}")
@@ -589,7 +594,16 @@ class Auditor:
             case Rearmed():
                 need(self.disarmed and event.epoch == self.epoch + 1, "only a disarm is re-armed", f"{event.epoch}")
                 need(event.forced or self.pending is None, "no re-arming while a disarm is unfinished")
-                self.disarmed, self.epoch, self.pending = False, event.epoch, None
+                self.disarmed, self.epoch, self.pending, self.drift = False, event.epoch, None, None
+            case ApplyModeDrifted(apply_mode=mode):
+                need(self.disarmed and self.pending is None, "only a file in dry run drifts", mode)
+                need((mode != self.drift, event.epoch) == (True, self.epoch), "a drift is told once", mode)
+                self.drift = mode
+            case DriftEnded():
+                need(self.drift is not None and event.epoch == self.epoch, "only a drift ends")
+                self.drift = None
+            case ApplyModeRestored():
+                need(event.epoch <= self.epoch, "what was put back was armed", f"epoch {event.epoch}")
             case _:
                 pass
         self._last = event
@@ -1038,7 +1052,10 @@ class Host:
         self.note: Pending | None = None
         self.writable = True
         """Whether the person who disarms may write the file."""
-        self.path = settings_of(0).apply_config_path
+        self.path = self.config_path = settings_of(0).apply_config_path
+        self.service = "apply"
+        self.edited = False
+        """Whether a person wrote the file by hand since the program last did."""
 
     def lexists(self, _path: Any) -> bool:
         return self.note is not None
@@ -1062,23 +1079,39 @@ class Host:
             if mine:
                 self.holder = None
 
-    def force_dry_run(self) -> Proof:
+    def force_dry_run(self, _reason: str = "", /) -> Proof:
+        proof = self._set("dry_run")
+        self.forced += 1
+        self.forced_at = self.world.wall_us()
+        return proof
+
+    def check_put_back(self, mode: str) -> None:
+        if not self.writable:
+            raise ActuatorError("write", f"{mode} cannot be written", Proof(service="apply"))
+
+    def put_back(self, mode: str) -> Proof:
+        return self._set(mode)
+
+    def _set(self, mode: str) -> Proof:
         world, puppet = self.world, _THREAD.puppet
         if self.holder is not PROCESS.get():
             world.fail("file and service are touched by who holds the lock", str(self.holder))
         puppet.sleep(world.random.choice((0.01, 0.1, 0.3, 3.0 if world.faulty("slow actuator") else 0.2)))
         if world.loop.now < self.broken_until:
             if world.random.random() < 0.5:
-                self.mode = "dry_run"
-            world.say("host", "dry run failed")
+                self.mode, self.edited = mode, False
+            world.say("host", f"{mode} failed")
             raise ActuatorError("restart", "the service does not start", Proof(service="apply"))
-        self.mode = "dry_run"
+        self.mode, self.edited = mode, False
         puppet.sleep(0.05)
-        self.running = "dry_run"
-        self.forced += 1
-        self.forced_at = world.wall_us()
-        world.say("host", "dry run forced")
-        return Proof(service="apply", apply_mode="dry_run", active_state="active", seconds=0.1)
+        self.running = mode
+        world.say("host", f"{mode} forced")
+        return Proof(service="apply", apply_mode=mode, active_state="active", seconds=0.1)
+
+    def edit(self, mode: str) -> None:
+        """A person with an editor, and with systemctl."""
+        self.mode = self.running = mode
+        self.edited = True
 
     # -- as governor.actuator.PendingNote
 
@@ -1215,6 +1248,7 @@ MOVES: dict[str, tuple[int, str]] = {
     "break_actuator": (2, "actuator"),
     "disarm": (2, "people"),
     "rearm": (3, ""),
+    "edit": (2, "people"),
     "brake": (1, "people"),
     "release_brake": (1, "people"),
     "lose_tail": (1, "tail"),
@@ -1640,12 +1674,21 @@ class World:
 
     def rearm(self) -> None:
         def edit(told: dict[str, Any]) -> None:
-            if told["code"] == 0:
-                self.host.mode = self.host.running = "testnet"
+            if told["code"] == 0 and not told["restored"]:
+                self.host.edit("testnet")
 
         self.say("person", "re-arms")
-        force = self.random.random() < 0.2
-        self.person(by_hand.rearm(self.settings, reason="checked", operator="bert", force=force), edit)
+        self.host.writable = self.random.random() < 0.7
+        force, restore = self.random.random() < 0.2, self.random.random() < 0.5
+        again = by_hand.rearm(
+            self.settings, reason="checked", operator="bert", force=force, apply_mode="testnet" if restore else None
+        )
+        self.person(again, edit)
+
+    def edit(self) -> None:
+        """Whoever may write the file does so."""
+        self.host.edit(self.random.choice(("testnet", "live", "dry_run")))
+        self.say("person", f"edits the file: {self.host.mode}")
 
     def brake(self) -> None:
         """Nothing but redis-cli, while plans are on their way."""
@@ -1720,6 +1763,9 @@ class World:
         await self.until("every plan is decided", self.decided, SETTLED_S)
         await self.until("commands end", lambda: all(task.done() for task in self.people), 60)
         await self.until("a disarm is carried out", self.carried_out, DISARMED_S)
+        await self.until("a drift is told, and nothing else is one", self.drift_told, 2)
+        if self.auditor.disarmed and not self.host.edited:
+            need((self.host.mode, self.host.running) == ("dry_run", "dry_run"), "a disarm wins", self.host.running)
         await self.end_permits()
         await self.until("every permit ends", self.ended, SETTLED_S)
         for process in self.governors:
@@ -1750,6 +1796,10 @@ class World:
 
     def carried_out(self) -> bool:
         return self.auditor.pending is None and self.host.note is None and self.server.store.get(KEYS.halt) is None
+
+    def drift_told(self) -> bool:
+        off = self.host.mode if self.auditor.disarmed and self.host.mode != "dry_run" else None
+        return self.auditor.drift == off
 
     def ended(self) -> bool:
         head = self.auditor.head.seq
@@ -1830,6 +1880,9 @@ def run(seed: int, *, steps: int = STEPS, extra: Sequence[str] = (), trace: bool
         (disarming, "log", log),
         (disarming, "asyncio", Asyncio()),
         (disarming, "threading", SimpleNamespace(Thread=Puppet)),
+        (rearming, "log", log),
+        (rearming, "asyncio", Asyncio()),
+        (rearming, "time", clock),
         (by_hand, "asyncio", Asyncio()),
         (by_hand, "time", clock),
         (by_hand, "os", SimpleNamespace(access=host.access, W_OK=2)),
@@ -1837,6 +1890,7 @@ def run(seed: int, *, steps: int = STEPS, extra: Sequence[str] = (), trace: bool
         (by_hand, "connected", world.connected),
         (by_hand, "ledger_on", world.ledger_on),
         (by_hand, "Actuator", lambda **_: host),
+        (by_hand, "notes_of", lambda _settings: (host,)),
         (by_hand, "PendingNote", lambda _path: host),
     ):
         try:

@@ -163,6 +163,10 @@ class Spec:
     def rearm(self, why: str = "checked", operator: str = "anna", *, force: bool = False) -> Sequence[Event]:
         return self.fold(decider.rearm(self.state, reason=why, operator=operator, force=force, halt=self.halt))
 
+    def look(self, apply_mode: str | None) -> Sequence[Event]:
+        """The daemon looks at the Apply Layer's file."""
+        return self.fold(decider.drift(self.state, apply_mode))
+
     def fold(self, events: Sequence[Event]) -> Sequence[Event]:
         self.given(*events)
         return events

@@ -261,7 +261,7 @@ def test_owner_and_group_of_the_file_are_kept(config: Path, systemctl: Systemctl
     act = new(config)
     with act.locked():
         proof = act.force_dry_run()
-    for path in (config, Path(proof.backup or ""), Path(f"{config}.lock")):
+    for path in (config, Path(proof.backup or "")):
         assert (path.stat().st_uid, path.stat().st_gid, stat.S_IMODE(path.stat().st_mode)) == (12345, 23456, 0o640)
     assert ownership(proof) == ()
 
@@ -729,11 +729,14 @@ def test_the_lock_is_not_inherited_by_what_systemctl_starts(config: Path, system
         os.kill(int((systemctl.directory / "background").read_text()), 9)
 
 
-def test_the_lock_may_be_taken_by_whoever_may_read_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_may_be_taken_by_whoever_may_write_the_directory_and_nobody_else(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock = Path(f"{config}.lock")
     config.chmod(0o644)
+    config.parent.chmod(0o755)
     with new(config).locked():
-        assert stat.S_IMODE(lock.stat().st_mode) == 0o644
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
     lock.unlink()
     config.unlink()
     config.parent.chmod(0o2770)
@@ -836,7 +839,7 @@ def test_a_note_is_kept_until_it_is_cleared(config: Path) -> None:
     assert note.read_pending() is None
     write(note)
     assert PendingNote(config).read_pending() == NOTE
-    assert stat.S_IMODE(note.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(note.path.stat().st_mode) == 0o640
     assert json.loads(note.path.read_bytes())["operator"] == "ann"
     write(note, Pending(reason="again", context={}, operator="bob", timestamp_us=1))
     assert note.read_pending() == Pending(reason="again", context={}, operator="bob", timestamp_us=1, proof=None)
@@ -849,6 +852,31 @@ def test_a_note_is_kept_until_it_is_cleared(config: Path) -> None:
     assert note.read_pending() is None
 
 
+def test_a_note_that_comes_while_another_is_cleared_is_kept(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note, again = PendingNote(config), Pending(reason="again", context={}, operator="bob", timestamp_us=1)
+    write(note)
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if str(target).endswith(".told"):
+            monkeypatch.setattr(os, "replace", real)
+            write(note, again)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    note.clear_pending(NOTE)
+    assert note.read_pending() == again
+    note.clear_pending(again)
+    assert (note.read_pending(), leftovers(config)) == (None, [])
+
+
+def test_a_note_elsewhere_is_its_writers_own(config: Path) -> None:
+    note = PendingNote.at(config.parent / "elsewhere")
+    write(note)
+    assert (note.path.name, stat.S_IMODE(note.path.stat().st_mode)) == ("elsewhere", 0o600)
+    assert note.read_pending() == NOTE
+
+
 def test_a_note_needs_no_config_file_and_goes_to_its_owner_if_there_is_one(config: Path) -> None:
     config.chmod(0o666)
     if os.geteuid() == 0:
@@ -857,7 +885,7 @@ def test_a_note_needs_no_config_file_and_goes_to_its_owner_if_there_is_one(confi
     note = PendingNote(config)
     write(note)
     assert (note.path.stat().st_uid, note.path.stat().st_gid) == (owner.st_uid, owner.st_gid)
-    assert stat.S_IMODE(note.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(note.path.stat().st_mode) == 0o640
     config.unlink()
     write(note)
     assert note.read_pending() == NOTE

@@ -108,8 +108,8 @@ def value(of: Metrics, name: str, **labels: str) -> float | None:
 
 def full() -> Metrics:
     """Metrics with a sample of everything."""
-    row = SymbolRow("BTCUSDT", 2, 1, 950.5, 0.01, 5000.0, 0.02)
-    made = metrics(QUIET._replace(symbols=(row,), total_limit=9000.0, total_notional=950.5))
+    row = SymbolRow("BTCUSDT", 2, 1, 950.5, 0.01, 5000.0, 0.02, 3, 2)
+    made = metrics(QUIET._replace(symbols=(row,), total_limit=9000.0, total_notional=950.5, errors_limit=5))
     observe(
         made,
         decision(),
@@ -348,7 +348,7 @@ def test_daily_totals_are_those_of_the_utc_day_and_stand_beside_their_limits() -
     policy = Policy(by_symbol={"BTCUSDT": Limits(notional_per_day=Decimal(1000), qty_per_day=None)})
     state = executions(NOON, NOON + 1)
     (row,), _ = snapshot_symbols(state, policy, NOON + 2, 200)
-    assert row == SymbolRow("BTCUSDT", 2, 2, 950.5, 0.01, 1000.0, None)
+    assert row == SymbolRow("BTCUSDT", 2, 2, 950.5, 0.01, 1000.0, None, 3, 2)
     (tomorrow,), _ = snapshot_symbols(state, policy, NOON + DAY, 200)
     assert (tomorrow.notional, tomorrow.quantity) == (0.0, 0.0)
 
@@ -360,6 +360,8 @@ def test_a_limit_that_is_off_has_no_sample() -> None:
     assert found["quantum_govern_symbol_daily_notional_limit_usd"] == {(("symbol", "B"),): 5000.0}
     assert found["quantum_govern_symbol_daily_quantity_limit"] == {(("symbol", "A"),): 0.02}
     assert "quantum_govern_daily_notional_limit_usd" not in found
+    assert "quantum_govern_errors_limit" not in found
+    assert "quantum_govern_exec_limit_hour" not in found
     assert value(metrics(QUIET._replace(total_limit=0.0)), "daily_notional_limit_usd") == 0.0
 
 
@@ -368,6 +370,14 @@ def test_the_state_is_1_where_it_is_and_0_elsewhere(state: str) -> None:
     states = scrape(metrics(QUIET._replace(state=state)))["quantum_govern_state"]
     assert {dict(labels)["state"]: is_there for labels, is_there in states.items()} == {
         name: float(name == state) for name in ("ARMED", "THROTTLED", "DISARMED")
+    }
+
+
+@pytest.mark.parametrize("reason", [None, *DISARM_REASONS, "other"])
+def test_what_disarmed_is_told_as_long_as_it_lasts(reason: str | None) -> None:
+    told = scrape(metrics(QUIET._replace(disarmed=reason)))["quantum_govern_disarmed"]
+    assert {dict(labels)["reason"]: value for labels, value in told.items()} == {
+        name: float(name == reason) for name in (*DISARM_REASONS, "other")
     }
 
 
@@ -394,6 +404,8 @@ def test_the_state_is_1_where_it_is_and_0_elsewhere(state: str) -> None:
         ("hold_seconds", 12.5, "hold_seconds", 12.5),
         ("journal_up", False, "journal_up", 0.0),
         ("apply_dry_run", True, "apply_dry_run", 1.0),
+        ("ready", False, "ready", 0.0),
+        ("errors_limit", 5, "errors_limit", 5.0),
     ],
 )
 def test_every_value_of_the_snapshot_has_its_gauge(field: str, given: object, name: str, told: float) -> None:

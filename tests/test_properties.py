@@ -440,6 +440,15 @@ class World:
 
         self.submit(which, propose)
 
+    def look(self, which: int, apply_mode: str | None) -> None:
+        """A daemon looks at the Apply Layer's file."""
+
+        def propose(state: State, _now: int) -> Proposal:
+            return Proposal(decider.drift(state, apply_mode))
+
+        self.submit(which, propose)
+        self.nothing_new(which, propose)
+
     def rearm(self, which: int, *, force: bool) -> None:
         def propose(state: State, _now: int) -> Proposal:
             return Proposal(decider.rearm(state, reason="r", operator="anna", force=force, halt=False))
@@ -531,6 +540,7 @@ class World:
 
 AMOUNTS = ["0.02", "0.02", "0.013333333", "-0.02", "0.2", "0", "1e-8", "0.000000000001", None]
 PRICES = ["95033.33333333", "3300.12345678", "0.00000001", "1e6", None]
+MODES = ["testnet", "live", "dry_run", None]
 SPANS = [SECOND, MINUTE - 1, MINUTE, 5 * MINUTE - 1, 5 * MINUTE, HOUR - 1, HOUR, 7 * HOUR, 25 * HOUR, 1, 0]
 STEPS_BACK = [0, 1, -1, SECOND, -SECOND, -10 * MINUTE, -2 * HOUR]
 FIELDS = ["symbol", "kill_score", "decision", "action"]
@@ -635,6 +645,10 @@ class Gate(RuleBasedStateMachine):
     def a_disarm_is_carried_out(self, which: int, *, manual: bool, works: bool) -> None:
         self.it.actuation(which, manual=manual, works=works)
 
+    @rule(which=ledgers, apply_mode=st.sampled_from(MODES))
+    def the_file_is_looked_at(self, which: int, apply_mode: str | None) -> None:
+        self.it.look(which, apply_mode)
+
     @rule(which=ledgers, force=usually)
     def somebody_rearms(self, which: int, *, force: bool) -> None:
         self.it.rearm(which, force=force)
@@ -672,8 +686,9 @@ TestGate = Gate.TestCase
 
 WALKS = 10
 STEPS = 600
+OUTSIDE = ("PLAN_LOST", "APPLY_MODE_RESTORED", "HISTORY_RESTORED", "HISTORY_ACCEPTED")
 EVERYTHING = (
-    *(cls.NAME for cls in ALL if cls.NAME not in ("PLAN_LOST", "HISTORY_RESTORED", "HISTORY_ACCEPTED")),
+    *(cls.NAME for cls in ALL if cls.NAME not in OUTSIDE),
     *(reason for reason in REASONS if reason not in ("quarantined", "history_hold", "plan_stale", "invalid_plan")),
     *("observed", "assumed", "result", "counted again", "conflict"),
     *(f"{permit} True" for permit in ("consumed", "outstanding", "expired", "revoked", "none", "unknown")),
@@ -723,6 +738,8 @@ def step(world: World, chance: Random) -> None:
         case "actuation":
             world.actuation(which, manual=chance.random() < 0.5, works=chance.random() < 0.7)
         case "rearm":
+            for mode in MODES[:back]:  # somebody edited the Apply Layer's file before
+                world.look(which, mode)
             world.rearm(which, force=chance.random() < 0.6)
         case "brake":
             world.brake(on=chance.random() < 0.15)

@@ -6,7 +6,7 @@ import pytest
 
 from governor import policy
 from governor.policy import Limits, Policy
-from governor.settings import NAMES, TABLE, Settings, SettingsError, base_url, load, load_for_stop
+from governor.settings import NAMES, TABLE, TLS_FILES, Settings, SettingsError, base_url, load, load_for_stop
 
 DEFAULTS: dict[str, str] = {
     "REDIS_HOST": "localhost",
@@ -71,6 +71,8 @@ MAY_BE_EMPTY = (
     *("REDIS_USERNAME", "REDIS_PASSWORD", "GOV_LIMITS_FILE", "GOV_FALLBACK_QTY", "BINANCE_TESTNET_API_KEY"),
     *("BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT", "REDIS_SENTINELS", "GOV_ARCHIVE_DIR"),
     "GOV_JOURNAL_DIR",
+    "GOV_DISARM_SOCKET",
+    *TLS_FILES,
 )
 SECRETS = ("REDIS_PASSWORD", "BINANCE_TESTNET_API_KEY", "BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY")
 
@@ -341,9 +343,9 @@ def test_every_unknown_name_is_warned_about_and_names_of_others_are_not() -> Non
     assert [warning.split()[0] for warning in warnings] == ["GOV_AAA", "GOV_ZZZ"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TLS_FILES])
 def test_a_known_name_is_not_warned_about(name: str) -> None:
-    value = DEFAULTS.get(name, "/x" if name.endswith("_DIR") else "200")
+    value = DEFAULTS.get(name, "/x" if name.endswith(("_DIR", "_SOCKET")) else "200")
     assert load({name: value}).warnings == ()
 
 
@@ -584,7 +586,8 @@ def test_no_other_variable_changes_the_digest(tmp_path: Path, name: str) -> None
         "GOV_JOURNAL_FSYNC": "always",
     }
     switched |= {"REDIS_SENTINELS": "one:1", "GOV_REQUIRE_DURABLE": "true", "GOV_DURABILITY_ATTESTED": "true"}
-    switched |= dict.fromkeys(("APPLY_CONFIG_PATH", "GOV_ARCHIVE_DIR", "GOV_JOURNAL_DIR"), "/x")
+    switched |= dict.fromkeys(("APPLY_CONFIG_PATH", "GOV_ARCHIVE_DIR", "GOV_JOURNAL_DIR", "GOV_DISARM_SOCKET"), "/x")
+    switched |= dict.fromkeys(TLS_FILES, "/x")
     assert load({name: (other | switched).get(name, "17")}).digest == load({}).digest
 
 
@@ -641,8 +644,8 @@ def test_files_are_kept_where_systemd_says_else_below_the_users_home() -> None:
 
 def test_a_stop_by_hand_finds_the_server_the_daemon_is_on() -> None:
     environ = {name: "true" if name == "REDIS_TLS" else "17" for name in NAMES if name.startswith("REDIS_")}
-    environ |= {"REDIS_SENTINELS": "one:26379", "GOV_KEY_PREFIX": "{bot}"}
-    whole, stopping = load(environ), load_for_stop(environ | {"GOV_MAX_EXEC_PER_HOUR": "wrong"})
+    environ |= {"REDIS_SENTINELS": "one:26379", "GOV_KEY_PREFIX": "{bot}", **dict.fromkeys(TLS_FILES, "/x")}
+    whole, stopping = load(environ, stopping=True), load_for_stop(environ | {"GOV_MAX_EXEC_PER_HOUR": "wrong"})
     for row in TABLE:
         if row.name.startswith("REDIS_") or row.name == "GOV_KEY_PREFIX":
             assert row.field is not None
@@ -657,3 +660,12 @@ def test_a_journal_belongs_to_one_server_unless_its_place_is_given() -> None:
     assert load(watched).journal_dir == Path("/var/lib/g/journal/main_0")
     given = load(here | {"GOV_JOURNAL_DIR": "/srv/journal"})
     assert (given.journal_dir, given.effective["GOV_JOURNAL_DIR"]) == (Path("/srv/journal"), "/srv/journal")
+
+
+@pytest.mark.parametrize(
+    ("hour", "burst", "warned"),
+    [("3", "2", False), ("3", "3", True), ("3", "5", True), ("off", "5", False), ("3", "off", False)],
+)
+def test_a_burst_limit_that_can_never_be_met_is_warned_about(hour: str, burst: str, warned: bool) -> None:  # noqa: FBT001
+    warnings = load({"GOV_MAX_EXEC_PER_HOUR": hour, "GOV_MAX_EXEC_PER_5MIN": burst}).warnings
+    assert any("a burst never disarms" in warning for warning in warnings) == warned

@@ -7,8 +7,11 @@ import pytest
 from events.keys import Keys
 from events.store import Write
 from events.types import (
+    ApplyModeDrifted,
+    ApplyModeRestored,
     AutoDisarm,
     DisarmStarted,
+    DriftEnded,
     Event,
     HistoryAccepted,
     HistoryRestored,
@@ -97,6 +100,9 @@ def test_an_execution_counted_again_writes_its_symbol_and_another_does_not() -> 
         HistoryRestored(events=1, hold_until_us=1),
         HistoryAccepted(reason="r", operator="o", hold_until_us=1),
         AutoDisarm(reason="r", context={}, action_taken="", epoch=2),
+        ApplyModeDrifted(epoch=2, apply_mode="live"),
+        DriftEnded(epoch=2),
+        ApplyModeRestored(epoch=3, reason="r", operator="o", apply_mode="live"),
     ],
     ids=lambda event: event.NAME,
 )
