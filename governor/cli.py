@@ -49,6 +49,7 @@ def main() -> None:
       governor replay                       audit: does every decision follow from its inputs?
       governor rebuild --check              do the public keys say what the events say?
       governor disarm --reason "bad fills"  stop trading now
+      governor doctor                       is everything as it should be, and what to do
     """
     if os.environ.get("NO_COLOR"):
         click.get_current_context().color = False
@@ -242,6 +243,73 @@ def rearm(
         return int(told["code"])
 
     end_with(work())
+
+
+@main.command(epilog=CODES)
+@click.option("--full", is_flag=True, help="Verify every event, archived ones too, and not only the last 10,000.")
+@click.option("--drill", is_flag=True, help="Disarm and re-arm for real, and time it. Asks first.")
+@click.option("--yes", is_flag=True, help="With --drill: do not ask.")
+@click.option(
+    "--restore/--no-restore",
+    default=None,
+    help="With --drill: at its end set APPLY_MODE back and restart the Apply Layer, or leave it in dry run; on a "
+    "terminal it is asked, elsewhere it is left.",
+)
+@json_option
+def doctor(*, full: bool, drill: bool, yes: bool, restore: bool | None, as_json: bool) -> None:
+    """Look at the running system: each check says what was seen, and what to do.
+
+    Writes and changes nothing, apart from --drill. Exit code 1 when a check failed, 4 when Redis is not reachable. As
+    root it sees most; what it may not see it skips.
+
+    \b
+    Examples:
+      sudo governor doctor
+      sudo governor doctor --drill --restore
+    """
+    if not drill and (yes or restore is not None):
+        raise click.UsageError("--yes and --restore belong to --drill")
+    if drill and full:
+        raise click.UsageError("--full belongs to the checks, not to --drill")
+    settings = settings_of()
+    from governor.logs import configure  # noqa: PLC0415
+
+    configure(log_format=settings.log_format, level="CRITICAL")  # the checks tell it
+    end_with(_drill(settings, yes=yes, restore=restore, as_json=as_json) if drill else _doctor(settings, full, as_json))
+
+
+async def _doctor(settings: Settings, full: bool, as_json: bool) -> int:  # noqa: FBT001
+    from governor import doctor as checks  # noqa: PLC0415
+
+    found, code = await checks.examine(settings, environ=os.environ, env_file=None, full=full)
+    if as_json:
+        print_json(checks.as_json(found))
+    else:
+        checks.print_checks(found)
+    return code
+
+
+async def _drill(settings: Settings, *, yes: bool, restore: bool | None, as_json: bool) -> int:
+    from governor import drill  # noqa: PLC0415
+
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    if not (yes or asks):
+        raise click.UsageError("a drill disarms for real: say --yes where nobody can be asked")
+    before = await drill.prepare(settings, restore=restore)
+    if before.refusal is not None:
+        fail(f"no drill: {before.refusal}", FAILED)
+    if not yes:
+        click.echo(drill.explanation(settings, before), err=True)
+        if click.prompt("Type drill to go on", default="", show_default=False, err=True).strip() != "drill":
+            fail("no drill: nothing was done", FAILED)
+        if restore is None and before.trades:
+            restore = click.confirm(f"Set APPLY_MODE back to {before.apply_mode} at the end?", err=True)
+    told = await drill.carry_out(settings, before, operator=operator(), restore=bool(restore))
+    if as_json:
+        print_json(told)
+    else:
+        drill.print_drill(told)
+    return int(told["code"])
 
 
 for command in audit.COMMANDS:
