@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 
 @click.group(epilog=CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="quantum-governor")
-def main() -> None:
+@click.option(
+    "--env-file",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="PATH",
+    help="Take settings from a file as systemd reads an EnvironmentFile=; a variable of the environment wins over it.",
+)
+def main(*, env_file: Path | None) -> None:  # noqa: ARG001 - read once settings are asked for, so that --help needs no file
     """The last gate before a trading bot's orders.
 
     Settings come from the environment; `governor settings` shows the effective ones.
@@ -281,7 +287,8 @@ def doctor(*, full: bool, drill: bool, yes: bool, restore: bool | None, as_json:
 async def _doctor(settings: Settings, full: bool, as_json: bool) -> int:  # noqa: FBT001
     from governor import doctor as checks  # noqa: PLC0415
 
-    found, code = await checks.examine(settings, environ=os.environ, env_file=None, full=full)
+    env_file: Path | None = click.get_current_context().find_root().params.get("env_file")
+    found, code = await checks.examine(settings, environ=os.environ, env_file=env_file, full=full)
     if as_json:
         print_json(checks.as_json(found))
     else:

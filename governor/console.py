@@ -57,6 +57,7 @@ def settings_of(*, logs: bool = False, stopping: bool = False) -> Settings:
     """The effective settings; a wrong one ends the program."""
     from governor.settings import SettingsError, load, load_for_stop  # noqa: PLC0415
 
+    _read_env_file(stopping=stopping)
     try:
         settings = (load_for_stop if stopping else load)(os.environ)
     except SettingsError as error:
@@ -66,6 +67,35 @@ def settings_of(*, logs: bool = False, stopping: bool = False) -> Settings:
 
         configure(log_format=settings.log_format, level=settings.log_level)
     return settings
+
+
+def _read_env_file(*, stopping: bool) -> None:
+    """What --env-file names becomes part of the environment; what is in the environment already stays.
+
+    A file systemd would not take whole does not keep a person from stopping.
+    """
+    context = click.get_current_context(silent=True)
+    path: Path | None = context.find_root().params.get("env_file") if context is not None else None
+    if path is None:
+        return
+    from governor.envfile import effective, variables  # noqa: PLC0415
+    from governor.settings import STOPPING  # noqa: PLC0415
+
+    data = b""
+    try:
+        data = path.read_bytes()
+        given = variables(data)
+    except PermissionError:
+        fail(f"--env-file {path}: {operator()} may not read it; try sudo, or as a member of its group", BAD_SETTINGS)
+    except OSError as error:
+        fail(f"--env-file {path}: expected a readable file: {error.strerror}", BAD_SETTINGS)
+    except ValueError as error:
+        if not stopping:
+            fail(f"--env-file {path}: {error}", BAD_SETTINGS)
+        click.echo(f"governor: warning: --env-file {path}: {error}", err=True)
+        read = {name: effective(data, name) for name in STOPPING}
+        given = {name: value for name, value in read.items() if value is not None and "\0" not in value}
+    os.environ.update({name: value for name, value in given.items() if name not in os.environ})
 
 
 def run(work: Coroutine[Any, Any, int]) -> NoReturn:
