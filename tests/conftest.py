@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import statistics
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -12,6 +14,31 @@ import redis.asyncio
 from tests.servers import KINDS, Kind, RedisServer, ServerUnavailable
 
 NewServer = Callable[..., RedisServer]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", metavar="FILE", help="Write what was measured under systemd there, as a table.")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Tell what tests have measured: their properties named `seconds: …`."""
+    measured: dict[str, list[float]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in report.user_properties if getattr(report, "when", "") == "teardown" else ():
+                if name.startswith("seconds: "):
+                    measured.setdefault(name.removeprefix("seconds: "), []).append(value)
+    if not measured:
+        return
+    rows = [
+        f"| {name} | {statistics.median(found):.3f} | {max(found):.3f} | {len(found)} |"
+        for name, found in measured.items()
+    ]
+    table = "\n".join(["| seconds | median | most | of |", "|---|---|---|---|", *rows])
+    terminalreporter.section("measured under systemd")
+    terminalreporter.write_line(table)
+    if config.getoption("--figures"):
+        Path(config.getoption("--figures")).write_text(f"{table}\n")
 
 
 def missing(reason: str) -> NoReturn:
