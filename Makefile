@@ -3,13 +3,14 @@ BIN := .venv/bin
 
 MINUTES ?= 5
 
-.PHONY: run test lint soak clean
+.PHONY: run test lint soak bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    the whole thing on an embedded server, with a simulated exchange and Apply Layer"
 	@echo "make test   lint, types and all tests"
 	@echo "make soak   MINUTES=$(MINUTES) of simulated schedules, then as many of real processes under kills and cuts"
+	@echo "make bench  the gate beside its floors: a table, and one JSON document; ARGS=--quick to see that it runs"
 	@echo "make clean  remove .venv, caches and ./var"
 
 .venv/.stamp: pyproject.toml
@@ -36,6 +37,9 @@ test: lint
 soak: .venv/.stamp
 	$(BIN)/python -m tests.simulation --minutes $(MINUTES) --most 5
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+
+bench: .venv/.stamp
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv var .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
