@@ -220,8 +220,11 @@ class Intake:
 
     async def _wait(self, count: int, block_s: float) -> list[Delivery]:
         block = max(1, int(block_s * 1000))
-        wanted: Any = dict.fromkeys(self._streams, ">")
-        deliveries = _deliveries(await self._redis.xreadgroup(GROUP, CONSUMER, wanted, count=count, block=block))
+        run: Any = self._redis
+        # Named in bytes, redis-py leaves the reply as it came.
+        words: list[Any] = [b"XREADGROUP", "GROUP", GROUP, CONSUMER, "COUNT", count, "BLOCK", block, "STREAMS"]
+        words += [*self._streams, *[">"] * len(self._streams)]
+        deliveries = _deliveries(await run.execute_command(*words))
         self._read_at = self._clock()
         self._behind = len(deliveries) >= count
         return deliveries

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import hiredis
 import redis.asyncio
 import redis.exceptions
 from redis.asyncio.retry import Retry
@@ -208,14 +209,48 @@ def entry_of(fields: dict[bytes, bytes]) -> Entry:
     )
 
 
-def client(**options: Any) -> redis.asyncio.Redis:
+class Client(redis.asyncio.Redis):
+    """redis-py's client without what it does around each command: retries, hooks, and a task for every write.
+
+    Its connections, pools and parsers are as they were. A command that failed with anything but the server's own answer
+    leaves its connection closed.
+    """
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """As in redis-py."""
+        pool: Any = self.connection_pool
+        connection = await pool.get_connection()
+        try:
+            await _send(connection, args)
+            return await self.parse_response(connection, args[0], **options)
+        except redis.exceptions.ResponseError:
+            raise
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await pool.release(connection)
+
+
+async def _send(connection: Any, args: tuple[Any, ...]) -> None:
+    name = args[0]
+    words = (*name.split(), *args[1:]) if isinstance(name, str) else args
+    writer = connection._writer  # noqa: SLF001 - the public way packs in Python and makes a task
+    writer.write(hiredis.pack_command(words))
+    if writer.transport.get_write_buffer_size():
+        try:
+            async with asyncio.timeout(connection.socket_timeout):
+                await writer.drain()
+        except TimeoutError:
+            raise redis.exceptions.TimeoutError(f"nothing was taken within {connection.socket_timeout} s") from None
+
+
+def client(**options: Any) -> Client:
     """A Redis client as this program needs it: RESP2, and never a retry of its own.
 
     redis-py's default repeats any command up to ten times after a lost reply, an append included.
     """
-    return redis.asyncio.Redis(
-        protocol=2, retry=Retry(NoBackoff(), 0), health_check_interval=0, socket_connect_timeout=2, **options
-    )
+    return Client(protocol=2, retry=Retry(NoBackoff(), 0), health_check_interval=0, socket_connect_timeout=2, **options)
 
 
 def _unavailable(error: Exception) -> StoreError:

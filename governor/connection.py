@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
 import redis.exceptions
-import structlog
 from redis.asyncio.connection import SSLConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool, SentinelManagedConnection
@@ -30,12 +29,13 @@ from redis.crc import key_slot
 from events import store
 from events.archive import ArchivedStore
 from events.keys import Keys
+from governor.logs import Logger
 from governor.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from governor.ledger import Ledger
 
-log = structlog.get_logger("governor")
+log = Logger("governor")
 
 ANSWER_S = 5.0
 """How long Redis has for an answer; reads that block wait for less."""
@@ -213,7 +213,7 @@ def _found(name: str, finder: Any, **options: Any) -> redis.asyncio.Redis:
         socket_connect_timeout=CONNECT_S,
         **options,
     )
-    return redis.asyncio.Redis.from_pool(pool)
+    return store.Client.from_pool(pool)
 
 
 class _Finder:

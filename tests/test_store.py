@@ -2,6 +2,8 @@ import asyncio
 import hashlib
 import hmac
 import itertools
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -1101,3 +1103,52 @@ def test_an_entry_without_one_of_its_fields_is_refused(missing: bytes) -> None:
 def test_an_entry_with_an_unreadable_field_is_refused(wrong: dict[bytes, bytes]) -> None:
     with pytest.raises(ValueError, match=r"invalid|decode"):
         store.entry_of(FIELDS | wrong)
+
+
+# ---------------------------------------------------------------- the client
+
+
+async def blocked(server: RedisServer) -> None:
+    """Return once some client waits in a blocking command."""
+    with server.client() as client:
+        while not client.info("clients")["blocked_clients"]:
+            await asyncio.sleep(0)
+
+
+async def test_a_command_that_was_cancelled_leaves_no_answer_for_the_next_one(server: RedisServer) -> None:
+    async with store.client(host=server.host, port=server.port, socket_timeout=5) as client:
+        waiting = asyncio.ensure_future(client.execute_command("BLPOP", "nothing", 5))
+        await blocked(server)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        with server.client() as other:
+            other.rpush("nothing", "late")
+        assert await client.execute_command("ECHO", "mine") == b"mine"
+
+
+async def test_a_command_without_an_answer_in_time_leaves_none_for_the_next_one(server: RedisServer) -> None:
+    async with store.client(host=server.host, port=server.port, socket_timeout=0.05) as client:
+        with pytest.raises(redis.exceptions.TimeoutError):
+            await client.execute_command("BLPOP", "never", 5)
+        assert await client.execute_command("ECHO", "mine") == b"mine"
+
+
+async def test_an_error_the_server_answers_with_keeps_the_connection(server: RedisServer) -> None:
+    async with store.client(host=server.host, port=server.port, socket_timeout=5) as client:
+        number = await client.execute_command("CLIENT ID")
+        with pytest.raises(redis.exceptions.ResponseError, match="unknown command"):
+            await client.execute_command("NONSENSE", 1, 2.5, b"three", "four")
+        assert await client.execute_command("CLIENT ID") == number
+
+
+async def test_what_a_server_does_not_take_is_given_up_in_time(own_server: RedisServer) -> None:
+    async with store.client(host=own_server.host, port=own_server.port, socket_timeout=0.2) as client:
+        await client.execute_command("PING")
+        os.kill(own_server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(redis.exceptions.TimeoutError, match="nothing was taken within"):
+                await client.execute_command("SET", "large", b"x" * 50_000_000)
+        finally:
+            os.kill(own_server.pid, signal.SIGCONT)
+        assert await client.execute_command("ECHO", "mine") == b"mine"
