@@ -87,7 +87,11 @@ def touched(events: Iterable[Event]) -> tuple[set[str], bool]:
 def writes(before: State, after: State, events: Iterable[Event], keys: Keys) -> list[Write]:
     """Everything to write in the commit that leads from `before` to `after` by `events`."""
     symbols, mode = touched(events)
-    found = [write for symbol in sorted(symbols) for write in symbol_writes(after, symbol, keys)]
+    found = []
+    for symbol in sorted(symbols):
+        counted = {day.day for day in before.book(symbol).days}
+        there = {key(symbol, day) for day in counted for key in (keys.daily, keys.daily_qty)}
+        found += [write for write in symbol_writes(after, symbol, keys) if write.op != "del" or write.key in there]
     if mode:
         found.append(state_write(after, keys))
         if before.mode.disarm is not None and after.mode.disarm is None:

@@ -30,7 +30,7 @@ KEYS = Keys()
 DAY_MS = 86_400_000
 EXEC, DAILY, QTY = (f"quantum:governor:{name}" for name in ("exec:BTCUSDT", "daily:BTCUSDT", "daily_qty:BTCUSDT"))
 STATE = "quantum:governor:state"
-TODAY, YESTERDAY = "2026-01-24", "2026-01-23"
+TODAY = "2026-01-24"
 DISARM = DisarmStarted(reason="burst_limit_breach", context={"symbol": "BTCUSDT", "exec_5min": 3, "limit": 2}, epoch=2)
 
 
@@ -51,8 +51,6 @@ def test_a_permit_writes_the_executions_and_totals_of_its_symbol() -> None:
     found = written(received(), decided())
     assert found == {
         EXEC: Write("list", EXEC, (b"1769256000.000000",), DAY_MS),
-        f"{DAILY}:{YESTERDAY}": Write("del", f"{DAILY}:{YESTERDAY}"),
-        f"{QTY}:{YESTERDAY}": Write("del", f"{QTY}:{YESTERDAY}"),
         f"{DAILY}:{TODAY}": Write("set", f"{DAILY}:{TODAY}", (b"1425.5",), DAY_MS),
         f"{QTY}:{TODAY}": Write("set", f"{QTY}:{TODAY}", (b"0.015",), DAY_MS),
     }
