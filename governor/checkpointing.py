@@ -12,9 +12,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-import structlog
+from governor.logs import Logger
 
-log = structlog.get_logger("governor.checkpoint")
+log = Logger("governor.checkpoint")
 
 LOOK_S = 1.0
 LONGEST_S = 600.0

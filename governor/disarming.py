@@ -13,16 +13,16 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
-import structlog
 
 from events.store import StoreError
 from events.types import AutoDisarm, DisarmFailed, DisarmStarted, Event, ManualDisarm
 from governor.actuator import ActuatorError, Hand, Proof
 from governor.decider import ACTION_TAKEN, disarm_by_hand
 from governor.ledger import Outcome, Proposal, Propose
+from governor.logs import Logger
 from projections.state import Disarm, State
 
-log = structlog.get_logger("governor.disarm")
+log = Logger("governor.disarm")
 
 STORE_S = 2.0
 """The effect does not wait longer than this for the store, nor does the lock beside the file."""

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
-import structlog
 
 from governor.actuator import Actuator, ActuatorError, Hand, PendingNote, Proof, Step
 from governor.connection import now
+from governor.logs import Logger
 from governor.settings import Settings
 
-log = structlog.get_logger("governor.disarm")
+log = Logger("governor.disarm")
 
 DEADMAN_NOTE = Path("/var/lib/quantum-governor-disarm/disarm-pending")
 """What the dead man's run leaves for the governor: root's, to be read and not to be removed."""

@@ -22,7 +22,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
-import structlog
 
 from events.codec import CodecError, decode
 from events.histories import Relation, compare, settle
@@ -31,12 +30,13 @@ from events.segments import DiskError, JournalError
 from events.store import Commit, ConflictError, EventStore, StoreError, UnavailableError, Write
 from events.types import Entry, Head, HistoryAccepted, HistoryRestored
 from governor.durability import Server, changed
+from governor.logs import Logger
 from projections.state import initial
 
 if TYPE_CHECKING:
     from governor.ledger import Ledger
 
-log = structlog.get_logger("governor.history")
+log = Logger("governor.history")
 
 LOOK_US = 1_000_000
 """How often it is looked again while something is wrong."""

@@ -27,9 +27,10 @@ from typing import Any, Final
 
 import redis.asyncio
 import redis.exceptions
-import structlog
 
-log = structlog.get_logger("governor.lease")
+from governor.logs import Logger
+
+log = Logger("governor.lease")
 
 _SCRIPT: Final = Path(__file__).with_name("lease.lua").read_bytes()
 # Names the script, as EVALSHA wants it; protects nothing.

@@ -15,8 +15,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import structlog
-
 from events import chain
 from events.codec import FOLDED, WHOLE, Decoders, decode, encode_all
 from events.keys import Keys
@@ -40,10 +38,11 @@ from events.types import Entry, Event, Head, HistoryRestored, PermitRevoked, Rec
 from governor import permits
 from governor.decider import correct_revoked
 from governor.history import Keeper, QuarantineError, UnjournaledError
+from governor.logs import Logger
 from projections import checkpoint, views
 from projections.state import State, evolve, initial
 
-log = structlog.get_logger("governor.ledger")
+log = Logger("governor.ledger")
 
 MAX_EVENTS = 512
 """A commit is closed once it holds this many events."""

@@ -8,7 +8,28 @@ import os
 import sys
 from typing import Any, TextIO
 
-import structlog
+_wanted: dict[str, str] | None = None
+"""What was configured before there was anything to log."""
+
+
+class Logger:
+    """A structlog logger. structlog is imported with the first line: a command that has nothing to tell starts sooner.
+
+    Args:
+        name: of the part that logs.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._logger: Any = None
+
+    def __getattr__(self, level: str) -> Any:
+        if self._logger is None:
+            import structlog  # noqa: PLC0415
+
+            _configure_now()
+            self._logger = structlog.get_logger(self._name)
+        return getattr(self._logger, level)
 
 
 class _Unbreakable:
@@ -34,6 +55,25 @@ def configure(*, log_format: str, level: str) -> None:
         log_format: `json`, `console`, or empty: console on a terminal.
         level: `DEBUG`, `INFO`, `WARNING` or `ERROR`.
     """
+    global _wanted  # noqa: PLW0603 - one process, one log
+    _wanted = {"log_format": log_format, "level": level}
+    if "structlog" in sys.modules:
+        _configure_now()
+    # httpx writes every URL to its log, and a signed URL carries the signature.
+    for name in ("httpx", "httpcore", "transitions"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _configure_now() -> None:
+    global _wanted  # noqa: PLW0603
+    if _wanted is not None:
+        _configure(**_wanted)
+        _wanted = None
+
+
+def _configure(*, log_format: str, level: str) -> None:
+    import structlog  # noqa: PLC0415
+
     console = log_format == "console" or (not log_format and sys.stderr.isatty())
     renderer: Any = (
         structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ and sys.stderr.isatty())
@@ -53,6 +93,3 @@ def configure(*, log_format: str, level: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(_Unbreakable(sys.stderr)),  # type: ignore[arg-type]
         cache_logger_on_first_use=False,
     )
-    # httpx writes every URL to its log, and a signed URL carries the signature.
-    for name in ("httpx", "httpcore", "transitions"):
-        logging.getLogger(name).setLevel(logging.WARNING)

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import structlog
 
 from events.store import StoreError
 from events.types import ApplyModeRestored
 from governor.actuator import DRY_RUN, Actuator, ActuatorError, PendingNote, Proof, mode_in
 from governor.disarming import STORE_S, in_thread
 from governor.ledger import Ledger, Proposal
+from governor.logs import Logger
 from projections.state import State
 
-log = structlog.get_logger("governor.rearm")
+log = Logger("governor.rearm")
 
 T = TypeVar("T")
 WAIT_S = 30.0

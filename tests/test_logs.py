@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pty
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,3 +162,18 @@ def test_libraries_that_write_every_url_are_quiet(name: str, caplog: pytest.LogC
     logging.getLogger(name).info("HTTP Request: GET https://x/?signature=abc")
     logging.getLogger(name).warning("told")
     assert caplog.messages == ["told"]
+
+
+def test_a_command_that_has_nothing_to_tell_does_not_wait_for_the_library() -> None:
+    code = """
+import sys
+import governor.connection, governor.ledger, governor.status
+from governor.logs import Logger, configure
+configure(log_format="json", level="INFO")
+assert "structlog" not in sys.modules
+Logger("test").info("told", number=1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr) | {"timestamp": ""} == {
+        "event": "told", "number": 1, "level": "info", "timestamp": "",
+    }  # fmt: skip
