@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import redis.asyncio
-import structlog
 import uvloop
 
 from events.intake import Intake
@@ -28,12 +28,13 @@ from governor.helper import actuator_of, notes_of
 from governor.history import Keeper
 from governor.http import Answer, HttpServer
 from governor.lease import Lease, new_owner
+from governor.logs import Logger
 from governor.metrics import Metrics
 from governor.notify import Notifier
 from governor.service import VERSION, Governor
 from governor.settings import Settings, SettingsError
 
-log = structlog.get_logger("governor")
+log = Logger("governor")
 
 STOP_S = 1.5
 """How long a stop waits for what is being decided."""
@@ -257,6 +258,8 @@ async def _accept_server(connection: redis.asyncio.Redis, settings: Settings) ->
 
 
 def _ready(notifier: Notifier) -> None:
+    gc.collect()
+    gc.freeze()  # what a start leaves behind lives as long as the process: no permit waits for it to be looked at again
     notifier.send(READY="1")
     log.info("ready")
 

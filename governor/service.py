@@ -24,8 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import structlog
-
 from events.decimals import text
 from events.intake import GROUP, Delivery, Intake, Lost
 from events.keys import Keys, day_of
@@ -38,6 +36,7 @@ from governor.gates import Situation
 from governor.history import QuarantineError
 from governor.lease import Lease
 from governor.ledger import Ledger, Outcome, Proposal
+from governor.logs import Logger
 from governor.market import Market
 from governor.metrics import Metrics, Snapshot, disarm_label, snapshot_symbols
 from governor.notify import Notifier
@@ -47,7 +46,7 @@ from governor.settings import Settings
 from projections import errors, totals, views
 from projections.state import DISARMED, State
 
-log = structlog.get_logger("governor")
+log = Logger("governor")
 
 VERSION = version("quantum-governor")
 WAITING_MOST = 2000
@@ -63,6 +62,8 @@ SYNC_S = 0.25
 MARKET_FRESH_US = 5_000_000
 """Exchange data older than this at the moment of the decision is asked for again."""
 CLOCK_OFF_S = 5.0
+GIVE_WAY = 6
+"""Turns of the loop that a plan just read takes to its commit, if it waits for nobody; then it is time to read on."""
 
 
 class Exchange(Protocol):
@@ -144,6 +145,8 @@ class Governor:
         self._disarm_due = 0.0
         self._disarming: asyncio.Task[None] | None = None
         self._announced = False
+        self._around: tuple[str | None, bool, str] | None = None
+        """Mode in the file, brake and history, for the rest of this turn of the loop."""
         self._turned_away = False
         """Whether plans were read that could not be decided; they are pending, and read again."""
         self._anchored: int | None = None
@@ -285,6 +288,8 @@ class Governor:
                     self._enqueue(delivery)
             if results:
                 self._begin(self._settle_results(results), len(results))
+            for _ in range(GIVE_WAY if deliveries else 0):
+                await asyncio.sleep(0)
 
     async def _tell_lost(self, lost: Lost) -> None:
         """Plans that were trimmed unread become an event before anything behind them is read."""
@@ -412,9 +417,16 @@ class Governor:
         return self.ledger.keeper.quarantine if self.ledger.keeper is not None else None
 
     def _situation(self, now: int) -> Situation:
-        halt = self.ledger.halted or any(map(self._untold, self.notes))
-        history = self.ledger.keeper.verdict if self.ledger.keeper is not None else "whole"
-        return Situation(now=now, apply_mode=self.actuator.apply_mode(), halt=halt, history=history)
+        if self._around is None:  # looked at once for all that is decided in one go, which waits for nothing
+            halt = self.ledger.halted or any(map(self._untold, self.notes))
+            history = self.ledger.keeper.verdict if self.ledger.keeper is not None else "whole"
+            self._around = (self.actuator.apply_mode(), halt, history)
+            asyncio.get_running_loop().call_soon(self._look_again)
+        apply_mode, halt, history = self._around
+        return Situation(now=now, apply_mode=apply_mode, halt=halt, history=history)
+
+    def _look_again(self) -> None:
+        self._around = None
 
     def _untold(self, note: PendingNote) -> bool:
         """Whether somebody disarmed and it is no event yet."""
