@@ -55,6 +55,8 @@ READ_MOST = 200
 RUN_MOST = 32
 """Plans of one symbol put into one commit."""
 SWEEP_S = 0.1
+SLOWER = 5
+"""Sweeps from one look at the public state and the server's clock to the next."""
 BUSY_S = 0.5
 """Whoever else disarms is given this long; asking root's helper starts a process each time."""
 BEAT_S = 1.0
@@ -145,6 +147,7 @@ class Governor:
         self._disarm_due = 0.0
         self._disarming: asyncio.Task[None] | None = None
         self._announced = False
+        self._sweeps = 0
         self._around: tuple[str | None, bool, str] | None = None
         """Mode in the file, brake and history, for the rest of this turn of the loop."""
         self._turned_away = False
@@ -527,10 +530,12 @@ class Governor:
             await self._announce()
         await self._end_permits()
         await self._end_throttle()
-        (state,) = await self.ledger.store.values(self.keys.state)
-        self.ledger.skew_us = await self.ledger.store.clock() - self.clock()
-        if state is None:
-            await self.ledger.submit(lambda state, _now: Proposal(writes=[views.state_write(state, self.keys)]))
+        if self._sweeps % SLOWER == 0:
+            (state,) = await self.ledger.store.values(self.keys.state)
+            self.ledger.skew_us = await self.ledger.store.clock() - self.clock()
+            if state is None:
+                await self.ledger.submit(lambda state, _now: Proposal(writes=[views.state_write(state, self.keys)]))
+        self._sweeps += 1
         for note in self.notes:
             await self._take_note(note)
         await self._look_for_drift()

@@ -1016,6 +1016,13 @@ class SimulatedRedis:
         )
         return rows
 
+    async def execute_command(self, *words: Any) -> Any:
+        """XREADGROUP GROUP group consumer COUNT n BLOCK ms STREAMS key … id …."""
+        names = words[9:]
+        half = len(names) // 2
+        wanted = dict(zip(names[:half], names[half:], strict=True))
+        return await self.xreadgroup(words[2], words[3], wanted, count=words[5], block=words[7])
+
     async def xreadgroup(
         self, _group: str, _consumer: str, wanted: dict[str, str], *, count: int, block: int | None = None
     ) -> Any:

@@ -142,7 +142,7 @@ def forget_the_drift(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("broken", "promise", "within"),
     [
-        (forget_to_look_in_between, "a disarm wins", 200),
+        (forget_to_look_in_between, "a disarm wins", 400),
         (forget_the_drift, "in the end a drift is told, and nothing else is one", 120),
         (forget_the_head, "no gap", 5),
         (forget_the_brake, "no permit once the brake is set", 120),
@@ -150,7 +150,7 @@ def forget_the_drift(patch: pytest.MonkeyPatch) -> None:
         (forget_to_revoke, "no permit while DISARMED", 40),
         (forget_what_a_client_took, "what a client took is not given back", 120),
         (forget_to_acknowledge, "what is told is acknowledged in the same step", 5),
-        (forget_to_try_again, "in the end a disarm is carried out", 60),
+        (forget_to_try_again, "in the end a disarm is carried out", 200),
     ],
 )
 def test_a_broken_program_is_found(broken: Break, promise: str, within: int, monkeypatch: pytest.MonkeyPatch) -> None:
