@@ -135,7 +135,7 @@ async def _export(settings: Settings, files: tuple[Path, ...], target: Path, *, 
 
     try:
         async with history(settings, files) as store:
-            header = await export(store, target, key=settings.audit_key.encode() or None)
+            header = await export(store, target, key=settings.chain_key)
     except ChainError as error:
         fail(f"not exported, the chain does not hold: {error}", DIFFERS)
     if as_json:
@@ -313,7 +313,7 @@ async def _what_if(
     from governor.whatif import WhatIf, lines  # noqa: PLC0415
     from projections.state import digest  # noqa: PLC0415
 
-    key = settings.audit_key.encode() or None
+    key = settings.chain_key
     what_if = WhatIf(change.overrides, limits=change.limits, rearm_after_us=change.rearm_after_us)
     head, done = GENESIS, False
     try:
@@ -439,7 +439,7 @@ async def _restore(settings: Settings, client: Redis, files: tuple[Path, ...]) -
     from governor.connection import ledger_on  # noqa: PLC0415
     from governor.restore import restore  # noqa: PLC0415
 
-    key = settings.audit_key.encode() or None
+    key = settings.chain_key
     copy = FileStore(files)
     return await restore(
         ledger_on(client, settings), copy, pages(copy, label="restoring"), key=key, default=settings.policy
@@ -480,7 +480,7 @@ def archive(*, before: str, as_json: bool) -> None:
                 settings.archive_dir,
                 before_day=day,
                 today=day_of(clock),
-                key=settings.audit_key.encode() or None,
+                key=settings.chain_key,
             )
         if as_json:
             print_json(

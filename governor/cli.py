@@ -142,7 +142,7 @@ async def _described_file(settings: Settings, files: tuple[Path, ...]) -> dict[s
     state = initial()
     async with history(settings, files) as store:
         async for entries in pages(store, label="reading"):
-            verified = chain.verify(entries, after=Head(state.seq, state.hash), key=settings.audit_key.encode() or None)
+            verified = chain.verify(entries, after=Head(state.seq, state.hash), key=settings.chain_key)
             fold(map(decode, verified), state)
     return views.describe(state, views.policy_of(state, settings.policy), state.time) | {"halted": None}
 

@@ -195,7 +195,7 @@ def ledger_on(connection: redis.asyncio.Redis, settings: Settings, **options: An
     """The ledger over it, not yet opened; `options` as for `Ledger`."""
     from governor.ledger import Ledger  # noqa: PLC0415 - commands that only read events do without
 
-    key = settings.audit_key.encode() or None
+    key = settings.chain_key
     return Ledger(store_on(connection, settings), Keys(settings.key_prefix), now, audit_key=key, **options)
 
 

@@ -80,7 +80,7 @@ async def serve(settings: Settings) -> None:
     keeper = Keeper(
         lambda: Journal.open(
             own,
-            key=settings.audit_key.encode() or None,
+            key=settings.chain_key,
             fsync=settings.journal_fsync,
         ),
         partial(_look_at_server, commits, door, settings),

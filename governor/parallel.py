@@ -43,7 +43,7 @@ class Source(NamedTuple):
 
     def auditor(self, **part: Any) -> Auditor:
         """An auditor of it; `part` as for `Auditor`."""
-        return Auditor(key=self.settings.audit_key.encode() or None, expect=self.expect, **part)
+        return Auditor(key=self.settings.chain_key, expect=self.expect, **part)
 
 
 async def audit(

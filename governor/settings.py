@@ -99,6 +99,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
     @property
+    def chain_key(self) -> bytes | None:
+        """Key of the event chain, if it is keyed."""
+        return self.audit_key.encode() or None
+
+    @property
     def own_journal(self) -> Path:
         """The account's directory in the journal's."""
         prefix = self.key_prefix

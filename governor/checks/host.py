@@ -268,7 +268,7 @@ async def journal(look: Look, found: Findings) -> None:
 
 
 async def _heads(look: Look, slots: list[Path], found: Findings) -> None:
-    key = look.settings.audit_key.encode() or None
+    key = look.settings.chain_key
     until = time.monotonic() + JOURNAL_S
     while True:
         before = await look.ledger.store.head()

@@ -136,7 +136,7 @@ async def stream(look: Look, found: Findings) -> None:
 
 async def _verify(look: Look, head: Head) -> tuple[int, str | None]:
     """Read the end of the history, or all of it, and keep its last events. How many hold, and what is wrong."""
-    store, key = look.ledger.store, look.settings.audit_key.encode() or None
+    store, key = look.ledger.store, look.settings.chain_key
     recent: deque[Recorded] = deque(maxlen=LAST)
     after, last = 0 if look.full else max(0, head.seq - LAST), GENESIS
     if after:
