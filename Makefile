@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 MINUTES ?= 5
 
-.PHONY: run test lint soak bench clean
+.PHONY: run test lint soak bench bench-scale clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make test   lint, types and all tests"
 	@echo "make soak   MINUTES=$(MINUTES) of simulated schedules, then as many of real processes under kills and cuts"
 	@echo "make bench  the gate beside its floors: a table, and one JSON document; ARGS=--quick to see that it runs"
+	@echo "make bench-scale  how it scales, drawn into docs/performance, in ten minutes; ARGS=--quick to see that it runs"
 	@echo "make clean  remove .venv, caches and ./var"
 
 .venv/.stamp: pyproject.toml
@@ -40,6 +41,9 @@ soak: .venv/.stamp
 
 bench: .venv/.stamp
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-scale: .venv/.stamp
+	$(BIN)/python -m tests.benchmarks.scale $(if $(findstring --quick,$(ARGS)),,--out docs/performance) $(ARGS)
 
 clean:
 	rm -rf .venv var .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
