@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,8 @@ class Soak:
         self.home = home
         self.server = RedisServer(kind, appendonly=True)
         self.done: Counter[str] = Counter()
+        self.conflicts = 0
+        """Of governors that are gone, and at the end of all."""
         self.clients: dict[int, subprocess.Popen[bytes]] = {}
         self.governors: list[Daemon] = []
         self.seed = seed
@@ -139,6 +142,7 @@ class Soak:
 
     def _kill_governor(self) -> None:
         one = self.chance.choice(self.governors)
+        self.conflicts += _conflicts(one)
         one.kill()
         one.start(ready=False)
 
@@ -209,6 +213,7 @@ class Soak:
                 json.loads(fields["data"]) | {"event": fields["event"], "at": float(fields["timestamp"])}
                 for _, fields in cast("Any", connection.xrange(STREAM))
             ]
+            self.conflicts += sum(map(_conflicts, self.governors))
             waiting = cast("Any", connection.xpending(PLAN_STREAM, "governor"))["pending"]
         audit = self.governors[0].json("replay")
         return self._table(events, audit, waiting)
@@ -243,7 +248,9 @@ class Soak:
             "seed": self.seed,
             "plans": names["PLAN_RECEIVED"],
             "decisions": dict(verdicts),
+            "permits": len(granted),
             "executed by clients": len(executed),
+            "conflicts": self.conflicts,
             "disturbances": dict(self.done),
             "history restored": names["HISTORY_RESTORED"],
             "disarms": names["DISARM_STARTED"],
@@ -252,6 +259,15 @@ class Soak:
             "promises broken": sum(broken.values()),
             "which": {name: count for name, count in broken.items() if count},
         }
+
+
+def _conflicts(one: Daemon) -> int:
+    """Commits of a governor that another one was ahead of, since it was started; 0 where it cannot be asked."""
+    try:
+        told = re.search(r"^quantum_govern_commit_conflicts_total (\S+)", one.http("/metrics"), re.MULTILINE)
+    except (OSError, IndexError):
+        return 0
+    return int(float(told[1])) if told else 0
 
 
 def _more_than_once(plan_ids: Iterable[str]) -> int:

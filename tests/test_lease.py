@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import pytest
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection
 
 from events import store
 from events.codec import decode
@@ -695,21 +694,20 @@ async def _commit(what: str, port: int, seconds: float, entry_id: str) -> None:
 
 
 def stop_itself_at_the_commit(when: str) -> None:
-    send: Callable[..., Awaitable[None]] = AbstractConnection.send_packed_command
+    send: Callable[..., Awaitable[None]] = store._send
     done = False
 
-    async def stop_and_send(self: Any, command: Any, *rest: Any, **more: Any) -> None:
+    async def stop_and_send(connection: Any, args: tuple[Any, ...]) -> None:
         nonlocal done
-        packed = b"".join(command) if isinstance(command, list) else command
-        now_is_it = not done and b"EVALSHA" in packed and KEYS.events.encode() in packed
+        now_is_it = not done and args[0] == "EVALSHA" and KEYS.events in args
         done = done or now_is_it
         if now_is_it and when == "before":
             os.kill(os.getpid(), signal.SIGSTOP)
-        await send(self, command, *rest, **more)
+        await send(connection, args)
         if now_is_it and when == "after":
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    AbstractConnection.send_packed_command = stop_and_send  # type: ignore[method-assign]
+    store._send = stop_and_send
 
 
 def ledger_on(connection: redis.asyncio.Redis) -> Ledger:
