@@ -226,6 +226,8 @@ class Client(redis.asyncio.Redis):
         except redis.exceptions.ResponseError:
             raise
         except BaseException:
+            if (writer := connection._writer) is not None:  # noqa: SLF001
+                writer.transport.abort()  # closed, it would still send what is left of a command that was given up
             await connection.disconnect(nowait=True)
             raise
         finally:

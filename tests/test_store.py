@@ -1152,3 +1152,4 @@ async def test_what_a_server_does_not_take_is_given_up_in_time(own_server: Redis
         finally:
             os.kill(own_server.pid, signal.SIGCONT)
         assert await client.execute_command("ECHO", "mine") == b"mine"
+        assert await client.execute_command("EXISTS", "large") == 0, "what was given up is not sent later"
