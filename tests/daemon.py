@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import redis
@@ -124,6 +125,14 @@ class Daemon:
         with urlopen(f"http://127.0.0.1:{ports[-1]}{path}", timeout=5) as answer:
             body: bytes = answer.read()
         return body.decode()
+
+    def readiness(self) -> dict[str, Any]:
+        """What /readyz says, ready or not."""
+        try:
+            told: dict[str, Any] = json.loads(self.http("/readyz"))
+        except HTTPError as error:
+            told = json.loads(error.read())
+        return told
 
 
 @contextmanager

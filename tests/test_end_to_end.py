@@ -364,7 +364,7 @@ def test_the_http_routes_tell_the_truth(
         assert 'quantum_govern_exec_count_5min{symbol="BTCUSDT"} 1.0' in text
         assert 'quantum_govern_state{state="ARMED"} 1.0' in text
         assert "alive" in one.http("/healthz")
-        assert json.loads(one.http("/readyz"))["ready"] is True
+        assert one.readiness()["ready"] is True
 
 
 def test_the_commands_answer_in_json(

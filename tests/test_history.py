@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
 import pytest
 import redis
@@ -87,14 +86,6 @@ def fill(client: redis.Redis, entries: list[Entry]) -> None:
     for entry in entries:
         fields: Any = {"event": entry.name, "seq": entry.seq, "timestamp": entry.timestamp, "data": entry.data}
         client.xadd(STREAM, fields | {"hash": entry.hash}, id=f"{entry.seq}-0")
-
-
-def ready(one: Daemon) -> dict[str, Any]:
-    try:
-        told: dict[str, Any] = json.loads(one.http("/readyz"))
-    except HTTPError as error:
-        told = json.loads(error.read())
-    return told
 
 
 def journaled(one: Daemon, home: Path, digest: str) -> bool:
@@ -193,7 +184,7 @@ def test_a_history_that_contradicts_the_journal_is_quarantined_until_a_person_ac
     if not running:
         one.start()
     assert blocked(client, "c", "ETHUSDT") == "quarantined"
-    told = wait_for(lambda: (found := ready(one))["problems"] and found)
+    told = wait_for(lambda: (found := one.readiness())["problems"] and found)
     assert not told["ready"]
     assert "two histories" in told["problems"][0]
     assert stored(client) == theirs, "the stream is not ours to write"
@@ -201,7 +192,7 @@ def test_a_history_that_contradicts_the_journal_is_quarantined_until_a_person_ac
     assert one.command("rearm", "--accept-history").returncode == 2, "a reason is needed"
     done = one.command("rearm", "--accept-history", "--reason", "restored from the other host")
     assert done.returncode == 0, done.stderr
-    wait_for(lambda: ready(one)["ready"], what="ready")
+    wait_for(lambda: one.readiness()["ready"], what="ready")
     (accepted,) = events_of(client, "HISTORY_ACCEPTED")
     assert (accepted["reason"], accepted["operator"]) == ("restored from the other host", "tester")
     after_the_hold(client)
@@ -289,13 +280,13 @@ def test_a_journal_that_cannot_be_written_means_no_permit_and_a_clear_state(
     environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_JOURNAL_DIR": str(place / "journal")}
     with daemon(tmp_path, port=flushed.port, environ=environ) as one:
         assert blocked(client, "a", "BTCUSDT") == "quarantined"
-        told = ready(one)
+        told = one.readiness()
         assert not told["ready"]
         assert str(place) in told["problems"][0]
         (decision,) = events_of(client, "DECISION")
         assert (decision["reason"], decision["history"]) == ("quarantined", "quarantined")
         place.unlink()
-        wait_for(lambda: ready(one)["ready"], what="ready")
+        wait_for(lambda: one.readiness()["ready"], what="ready")
         permitted(client, "b", "BTCUSDT")
         assert one.json("replay")["differences"] == []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import re
 import shutil
 import subprocess
@@ -455,7 +454,7 @@ def test_the_daemon_and_every_command_need_no_more_than_the_users_have(guarded: 
         for words_ in (["rebuild", "--check"], ["checkpoint"]):
             done = one.command(*words_)
             assert done.returncode == 0, (words_, done.stderr)
-        assert json.loads(one.http("/readyz"))["problems"] == []
+        assert one.readiness()["problems"] == []
         assert guarded.refused() == set()
 
 
@@ -549,8 +548,7 @@ def test_the_rights_asked_for_are_all_that_the_daemon_needs(guarded: Guarded, tm
     with contextlib.ExitStack() as stack:
         admin, bot = (stack.enter_context(guarded.client(user=user)) for user in ("admin", "apply"))
         guarded.ask("ACL", "SETUSER", "exact", "reset", *rules)
-        more = {**PERMITTING}
-        one = stack.enter_context(daemon(tmp_path, port=guarded.port, environ=environ | more))
+        one = stack.enter_context(daemon(tmp_path, port=guarded.port, environ=environ | PERMITTING))
         go_through_everything(guarded, one, bot, admin)
         assert guarded.refused() == set()
         admin.acl_deluser("exact")
@@ -614,29 +612,22 @@ def test_a_daemon_without_its_rights_does_not_start_and_says_which(guarded: Guar
 def test_rights_that_are_taken_away_while_it_runs_are_told_and_missed_no_longer_than_they_are_away(
     guarded: Guarded, tmp_path: Path
 ) -> None:
-    def ready(one: Daemon) -> Any:
-        try:
-            return json.loads(one.http("/readyz"))
-        except OSError as error:
-            return json.loads(error.read())  # type: ignore[attr-defined]
-
-    limits = {**PERMITTING}
     with (
         guarded.client() as admin,
         guarded.client(user="apply") as bot,
-        daemon(tmp_path, port=guarded.port, environ=guarded.environ() | limits) as one,
+        daemon(tmp_path, port=guarded.port, environ=guarded.environ() | PERMITTING) as one,
     ):
         publish(bot, "before", "BTCUSDT")
         PermitGate(bot).consume("before", symbol="BTCUSDT")
         fewer = [rule.replace("+xadd ", "") for rule in guarded.rights_of("governor")]
         guarded.ask("ACL", "SETUSER", "governor", "reset", *fewer)
         publish(bot, "meanwhile", "BTCUSDT")
-        wait_for(lambda: "xadd" in str(ready(one)["problems"]).lower(), what="the missing right in /readyz")
+        wait_for(lambda: "xadd" in str(one.readiness()["problems"]).lower(), what="the missing right in /readyz")
         assert not bot.exists("quantum:permit:meanwhile")
         admin.acl_load()
         with guarded.client(user="apply") as again:
             assert PermitGate(again).consume("meanwhile", symbol="BTCUSDT", wait_s=8).plan_id == "meanwhile"
-        wait_for(lambda: ready(one)["problems"] == [])
+        wait_for(lambda: one.readiness()["problems"] == [])
 
 
 # -- who gets in without a password --------------------------------------------------------------------------------

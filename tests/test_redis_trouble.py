@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.error import HTTPError
 
 import pytest
 import redis
 
 from tests.conftest import NewServer
-from tests.daemon import Daemon, daemon, events_of, publish, wait_for
+from tests.daemon import daemon, events_of, publish, wait_for
 from tests.proxy import How, Proxy
 from tests.servers import KINDS, Kind, RedisServer
 
@@ -60,23 +57,14 @@ def decided(client: redis.Redis, *plan_ids: str) -> None:
 
 def published(client: redis.Redis, plan_id: str, symbol: str) -> None:
     """Publish, however often it takes: the producer's own persistence."""
-    until = time.monotonic() + 15
-    while True:
-        try:
+
+    def accepted() -> bool:
+        with suppress(redis.RedisError):
             publish(client, plan_id, symbol)
-        except redis.RedisError:
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        else:
-            return
+            return True
+        return False
 
-
-def ready(one: Daemon) -> dict[str, Any]:
-    try:
-        told: dict[str, Any] = json.loads(one.http("/readyz"))
-    except HTTPError as error:
-        told = json.loads(error.read())
-    return told
+    wait_for(accepted, within_s=15, what=f"{plan_id} published")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,12 +125,12 @@ def test_a_server_that_hangs_is_waited_for(own_server: RedisServer, tmp_path: Pa
         decided(client, "a")
         os.kill(own_server.pid, signal.SIGSTOP)
         try:
-            wait_for(lambda: not ready(one)["ready"], what="not ready")
+            wait_for(lambda: not one.readiness()["ready"], what="not ready")
         finally:
             os.kill(own_server.pid, signal.SIGCONT)
         publish(client, "b", "ETHUSDT")
         decided(client, "a", "b")
-        wait_for(lambda: ready(one)["ready"])
+        wait_for(lambda: one.readiness()["ready"])
         assert one.json("replay")["differences"] == []
 
 
@@ -154,11 +142,11 @@ def test_out_of_memory_grants_nothing_and_goes_on_when_there_is_some(own_server:
         publish(client, "c", "SOLUSDT")
         client.config_set("maxmemory", 1)
         client.delete("quantum:governor:state")  # which is to be written again, whether or not the plan was in time
-        wait_for(lambda: not ready(one)["ready"], what="not ready")
-        assert "OOM" in ready(one)["problems"][0] or "maxmemory" in ready(one)["problems"][0]
+        wait_for(lambda: not one.readiness()["ready"], what="not ready")
+        assert "OOM" in one.readiness()["problems"][0] or "maxmemory" in one.readiness()["problems"][0]
         client.config_set("maxmemory", 0)
         decided(client, "a", "b", "c")
-        wait_for(lambda: ready(one)["ready"])
+        wait_for(lambda: one.readiness()["ready"])
 
 
 def test_a_demoted_server_grants_nothing_and_goes_on_once_it_is_primary_again(
@@ -169,9 +157,9 @@ def test_a_demoted_server_grants_nothing_and_goes_on_once_it_is_primary_again(
         decided(client, "a")
         publish(client, "b", "ETHUSDT")
         client.replicaof("127.0.0.1", 1)
-        wait_for(lambda: not ready(one)["ready"], what="not ready")
+        wait_for(lambda: not one.readiness()["ready"], what="not ready")
         client.replicaof("NO", "ONE")
-        wait_for(lambda: ready(one)["ready"], what="ready")
+        wait_for(lambda: one.readiness()["ready"], what="ready")
         publish(client, "c", "SOLUSDT")
         decided(client, "a", "b", "c")
 

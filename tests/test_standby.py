@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
 import pytest
 import redis
@@ -45,14 +44,6 @@ def both(flushed: RedisServer, tmp_path: Path) -> Iterator[list[Daemon]]:
             one.kill()
 
 
-def ready(one: Daemon) -> dict[str, Any]:
-    try:
-        told: dict[str, Any] = json.loads(one.http("/readyz"))
-    except HTTPError as error:
-        told = json.loads(error.read())
-    return told
-
-
 def decided(client: redis.Redis, plan_id: str) -> dict[str, Any]:
     found = wait_for(lambda: [d for d in events_of(client, "DECISION") if d["plan_id"] == plan_id], what=plan_id)
     assert len(found) == 1
@@ -62,7 +53,7 @@ def decided(client: redis.Redis, plan_id: str) -> dict[str, Any]:
 def test_one_is_active_and_the_other_follows_and_says_so(both: list[Daemon], client: redis.Redis) -> None:
     publish(client, "a", "BTCUSDT")
     assert decided(client, "a")["verdict"] == "EXECUTE"
-    first, second = ready(both[0]), ready(both[1])
+    first, second = both[0].readiness(), both[1].readiness()
     assert (first["active"], second["active"], second["ready"]) == (True, False, True)
     assert any("standby" in note for note in second["notes"])
     assert len(events_of(client, "SETTINGS_LOADED")) == 1, "a standby's settings are not in force"
@@ -83,14 +74,14 @@ def test_a_standby_takes_over_within_the_lease_of_a_kill(both: list[Daemon], cli
     publish(client, "a", "BTCUSDT")
     wait_for(lambda: [d for d in events_of(client, "DECISION") if d["reason"] == "duplicate_plan"])
     both[0].start()
-    wait_for(lambda: not ready(both[0])["active"])
+    wait_for(lambda: not both[0].readiness()["active"])
     assert both[1].json("replay")["differences"] == []
 
 
 def test_an_orderly_stop_hands_over_at_once(both: list[Daemon], client: redis.Redis) -> None:
     both[0].stop()
     began = time.monotonic()
-    wait_for(lambda: ready(both[1])["active"])
+    wait_for(lambda: both[1].readiness()["active"])
     assert time.monotonic() - began < TAKEN_OVER_S / 2
 
 
@@ -108,7 +99,7 @@ def test_one_that_was_stopped_past_its_lease_and_wakes_up_grants_nothing_twice(
     for number in range(40, 60):
         publish(client, f"p{number}", f"S{number % 8}USDT", "UPDATE_SL")
     wait_for(lambda: len(events_of(client, "DECISION")) >= 60)
-    wait_for(lambda: not ready(both[0])["active"])
+    wait_for(lambda: not both[0].readiness()["active"])
     verdicts = Counter((d["plan_id"], d["verdict"]) for d in events_of(client, "DECISION"))
     assert all(count == 1 for count in verdicts.values()), "no plan was decided twice"
     assert both[1].json("replay")["differences"] == []
@@ -151,7 +142,7 @@ def test_a_lost_history_is_written_back_by_the_governor_that_knows_its_end(
     wait_for(lambda: events_of(client, "HISTORY_RESTORED"), what="the history")
     assert [d["plan_id"] for d in events_of(client, "DECISION")][:2] == ["a", "b"]
     for one in both:
-        wait_for(lambda: ready(one)["ready"], what="ready")  # noqa: B023
+        wait_for(lambda: one.readiness()["ready"], what="ready")  # noqa: B023
         assert "quarantine" not in one.log
     assert len(events_of(client, "HISTORY_RESTORED")) == 1
     assert both[1].json("replay")["differences"] == []
