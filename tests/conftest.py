@@ -3,7 +3,7 @@
 import contextlib
 import os
 import statistics
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,17 +85,10 @@ def flushed(server: RedisServer) -> RedisServer:
 
 
 @pytest.fixture
-def flushed_client(flushed: RedisServer) -> Iterator[redis.Redis]:
+def client(flushed: RedisServer) -> Iterator[redis.Redis]:
     """Yield a client of the shared server, emptied."""
-    with flushed.client() as client:
-        yield client
-
-
-@pytest.fixture
-async def flushed_async_client(flushed: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
-    """Yield an asyncio client of the shared server, emptied."""
-    async with flushed.async_client() as client:
-        yield client
+    with flushed.client() as one:
+        yield one
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,6 @@ MADE = lru_cache(golden)
 LAST = len(MADE())
 BEFORE = "2026-01-25"
 """The history is of two days; this one begins the second."""
-
-
-@pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
 
 
 @pytest.fixture

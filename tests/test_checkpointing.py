@@ -73,12 +73,6 @@ async def test_a_writer_that_fails_or_hangs_is_told_and_ended(
 
 
 @pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
-
-
-@pytest.fixture
 def one(flushed: RedisServer, tmp_path: Path) -> Iterator[Daemon]:
     environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_CHECKPOINT_EVENTS": "20"}
     with daemon(tmp_path, port=flushed.port, environ=environ) as running:

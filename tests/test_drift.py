@@ -9,7 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -286,12 +286,6 @@ def settings(host: Host, flushed: RedisServer) -> Settings:
             "GOV_JOURNAL_DIR": str(host.home / "journal"),
         }
     )
-
-
-@pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client(decode_responses=True) as one:
-        yield one
 
 
 def disarm(settings: Settings, why: str = "drill") -> dict[str, Any]:

@@ -73,12 +73,6 @@ def exchange() -> Iterator[Exchange]:
         yield one
 
 
-@pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
-
-
 def legacy_client(client: redis.Redis, plan_id: str, symbol: str, base_url: str) -> dict[str, Any] | None:
     """The client in the wild: publishes, pings the exchange and reads its position over new connections, then does
     GET and DEL once. No waiting, no retry. Returns the permit it would execute, or None where it blocks."""

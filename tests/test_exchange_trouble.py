@@ -28,16 +28,7 @@ HALF = b'[{"symbol":"BTCUSDT","positionAmt":"0.0'
 @pytest.fixture
 def server(running_server: Callable[[Kind], RedisServer]) -> RedisServer:
     """One kind: the server has no part in what is held here."""
-    one = running_server("valkey")
-    with one.client() as client:
-        client.flushall()
-    return one
-
-
-@pytest.fixture
-def client(server: RedisServer) -> Iterator[redis.Redis]:
-    with server.client() as one:
-        yield one
+    return running_server("valkey")
 
 
 @pytest.fixture

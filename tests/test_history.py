@@ -34,12 +34,6 @@ STATE = "quantum:governor:state"
 
 
 @pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
-
-
-@pytest.fixture
 def one(flushed: RedisServer, tmp_path: Path) -> Iterator[Daemon]:
     """A daemon whose permits live for three seconds, with some history: two permits consumed."""
     environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_PERMIT_TTL_SEC": "3"}

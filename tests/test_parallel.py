@@ -154,12 +154,6 @@ def test_what_the_first_part_never_reached_it_audited_whole() -> None:
 # -- two processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
-
-
 def settings(**given: str) -> Any:
     return load({"REDIS_PORT": "1", "GOV_ARCHIVE_DIR": "/nowhere"} | given)
 

@@ -353,12 +353,6 @@ async def test_what_a_decision_uses_is_kept_however_large_the_fields_before_it(s
 
 
 @pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
-
-
-@pytest.fixture
 def exchange() -> Iterator[Exchange]:
     with Exchange() as one:
         for symbol in ("BTCUSDT", "ETHUSDT"):

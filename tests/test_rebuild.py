@@ -15,12 +15,6 @@ from tests.servers import RedisServer
 
 
 @pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
-
-
-@pytest.fixture
 def one(flushed: RedisServer, client: redis.Redis, tmp_path: Path) -> Iterator[Daemon]:
     """A daemon with some history: two executions counted, a permit outstanding."""
     with daemon(tmp_path, port=flushed.port, GOV_FALLBACK_QTY="0.001") as running:

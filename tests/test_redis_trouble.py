@@ -30,12 +30,6 @@ OPEN = {
 """Nothing is blocked but for what is tested."""
 
 
-@pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
-
-
 @contextmanager
 def kept(new_server: NewServer, kind: Kind, fsync: Literal["always", "everysec"] = "everysec") -> Iterator[RedisServer]:
     yield new_server(kind, appendonly=True, appendfsync=fsync)

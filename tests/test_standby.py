@@ -21,12 +21,6 @@ TAKEN_OVER_S = 3.0
 
 
 @pytest.fixture
-def client(flushed: RedisServer) -> Iterator[redis.Redis]:
-    with flushed.client() as one:
-        yield one
-
-
-@pytest.fixture
 def both(flushed: RedisServer, tmp_path: Path) -> Iterator[list[Daemon]]:
     """Two daemons, as on two hosts; the first one is active."""
     environ = {"GOV_FALLBACK_QTY": "0.001", "GOV_MAX_EXEC_PER_HOUR": "off", "GOV_MAX_REDUCE_QTY_PER_DAY": "off"}
