@@ -233,7 +233,7 @@ def _verify(segment: Segment, key: bytes | None) -> None:
     last = header.after
     try:
         for entry in chain.verify(entries, after=header.after, key=key):
-            last = Head(entry.seq, entry.hash)
+            last = entry.head
     except chain.ChainError as error:
         raise ArchiveError(f"{path} does not hold: {error}") from error
     if header != expected or last != header.head:

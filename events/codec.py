@@ -118,7 +118,7 @@ def encode_all(events: Iterable[Event], *, after: Head, at: int, key: bytes | No
     entries: list[Entry] = []
     for event in events:
         entries.append(encode(event, after=after, at=at, key=key))
-        after = Head(entries[-1].seq, entries[-1].hash)
+        after = entries[-1].head
     return entries
 
 

@@ -161,7 +161,7 @@ class Writer:
             self._out.write(line_of(entry))
             self._first = self._first or entry.timestamp
             self._last = _later(self._last, entry.timestamp)
-            self.head = Head(entry.seq, entry.hash)
+            self.head = entry.head
 
     def close(self) -> Header:
         """Put the file in its place, safely on disk.
@@ -487,7 +487,7 @@ class FileStore:
             repeated = header.after.seq < seq
             for entry in entries:
                 if entry.seq in self._claims:
-                    self._agree(Head(entry.seq, entry.hash), path)
+                    self._agree(entry.head, path)
                 repeated = repeated and entry.seq <= seq
                 if not repeated:
                     yield entry

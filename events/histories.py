@@ -23,8 +23,7 @@ class Intent(NamedTuple):
     @property
     def head(self) -> Head:
         """Where the stream ends once it is committed."""
-        last = self.entries[-1]
-        return Head(last.seq, last.hash)
+        return self.entries[-1].head
 
 
 class Relation(enum.Enum):

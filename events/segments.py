@@ -54,7 +54,7 @@ class MismatchError(JournalError):
 
 def head_of(entry: Entry) -> Head:
     """Head of a history that ends with this entry."""
-    return Head(entry.seq, entry.hash)
+    return entry.head
 
 
 def told(head: Head) -> str:
@@ -174,7 +174,7 @@ def note_record(text: str, head: Head) -> Record:
 def committed_record(intent: Intent, count: int) -> Record:
     """That many of the intent's events are in the stream."""
     entries = intent.entries[:count]
-    return Record("C", _line("C", _ENCODE(head_of(entries[-1]))), intent.expected, entries)
+    return Record("C", _line("C", _ENCODE(entries[-1].head)), intent.expected, entries)
 
 
 def void_record(expected: Head) -> Record:
@@ -273,7 +273,7 @@ class Scan:
                 entry = _entry(_EVENT.decode(payload))
                 self._verify([entry])
                 self.index.append(self.whole)
-                self.head = head_of(entry)
+                self.head = entry.head
             case "N":
                 _OBJECT.decode(payload)
             case _:

@@ -365,6 +365,11 @@ class Entry(NamedTuple):
     """A JSON object."""
     hash: str
 
+    @property
+    def head(self) -> Head:
+        """Head of a history that ends with it."""
+        return Head(self.seq, self.hash)
+
 
 class Recorded(NamedTuple):
     """An event as read: decoded, with its place in the stream."""

@@ -160,7 +160,7 @@ class Keeper:
         self._note_writer(self.journal, ours=True)
         try:
             if self.journal.dangling is not None:
-                self.journal.committed(Head(entries[-1].seq, entries[-1].hash))
+                self.journal.committed(entries[-1].head)
             else:
                 self.journal.append(entries)
         except JournalError as error:
@@ -329,7 +329,7 @@ class Keeper:
         try:
             while entries := journal.read(head.seq, limit=BATCH):
                 await store.commit(Commit(expected=head, entries=entries))
-                head = Head(entries[-1].seq, entries[-1].hash)
+                head = entries[-1].head
                 self._written_back += len(entries)
         except ConflictError as error:
             raise StoreError("the stream lost events; another governor writes them back as well") from error

@@ -18,7 +18,7 @@ from events import chain
 from events.codec import decode
 from events.keys import Keys
 from events.store import Commit, ConflictError, UnavailableError, Write
-from events.types import Entry, Head
+from events.types import Entry
 from governor.ledger import Ledger
 from projections import checkpoint, views
 from projections.state import State, digest, evolve, initial
@@ -62,7 +62,7 @@ async def fold_all(
         except checkpoint.CheckpointError as error:
             problem = str(error)
     async for entries in read:
-        for entry in chain.verify(entries, after=Head(state.seq, state.hash), key=key):
+        for entry in chain.verify(entries, after=state.head, key=key):
             evolve(state, decode(entry))
             if kept is not None and entry.seq == kept.seq:
                 problem = None if digest(state) == digest(kept) else "it is not what the events up to it lead to"
@@ -129,11 +129,11 @@ async def look(
     """
     wrong = await _fold(ledger, client, read)
     while True:
-        head = _head(ledger)
+        head = ledger.state.head
         differences = wrong + await _compare(ledger.state, client, ledger.keys, now)
         if follow:
             await ledger.catch_up()
-        if head == _head(ledger):
+        if head == ledger.state.head:
             return differences
 
 
@@ -157,7 +157,7 @@ async def mend(
         wanted = views.expected(ledger.state, ledger.keys, now)
         writes = [wanted.get(difference.key, Write("del", difference.key)) for difference in differences]
         try:
-            await ledger.store.commit(Commit(expected=_head(ledger), entries=(), writes=writes))
+            await ledger.store.commit(Commit(expected=ledger.state.head, entries=(), writes=writes))
         except ConflictError:
             await ledger.catch_up()
         else:
@@ -182,10 +182,6 @@ async def _compare(state: State, client: redis.asyncio.Redis, keys: Keys, now: i
     leftover = {write.key for symbol, _ in state.books.items() for write in views.symbol_writes(state, symbol, keys)}
     held = await found(client, keys)
     return compare(wanted, {name: held[name] for name in held if name in wanted or name not in leftover})
-
-
-def _head(ledger: Ledger) -> Head:
-    return Head(ledger.state.seq, ledger.state.hash)
 
 
 def _shown(values: Sequence[bytes] | None) -> str | list[str] | None:

@@ -195,7 +195,7 @@ class Auditor:
             complete=self._seen,
             digest=digest(state),
             state=state.mode.state,
-            head=Head(state.seq, state.hash),
+            head=state.head,
         )
         return found, state
 

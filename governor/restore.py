@@ -52,11 +52,11 @@ async def restore(
     written, previous = 0, GENESIS
     async for page in pages:
         missing = [entry for entry in chain.verify(page, after=previous, key=key) if entry.seq > head.seq]
-        previous = Head(page[-1].seq, page[-1].hash)
+        previous = page[-1].head
         for start in range(0, len(missing), BATCH):
             batch = missing[start : start + BATCH]
             await ledger.store.commit(Commit(expected=head, entries=batch))
-            head = Head(batch[-1].seq, batch[-1].hash)
+            head = batch[-1].head
             written += len(batch)
     await ledger.open()
     if written:

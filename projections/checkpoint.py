@@ -68,8 +68,7 @@ def write(state: State, *, key: bytes | None = None) -> bytes:
     values: dict[str, Any] = {name: getattr(state, name) for name in _Body.__struct_fields__ if name not in _TABLES}
     tables: dict[str, Any] = {name: dict(getattr(state, name).items()) for name in _TABLES}
     body = zstandard.ZstdCompressor(level=_LEVEL).compress(_ENCODE(_Body(**values, **tables)))
-    head = Head(state.seq, state.hash)
-    header = _Header(version=VERSION, seq=head.seq, hash=head.hash, digest=_digest(VERSION, head, body, key))
+    header = _Header(version=VERSION, seq=state.seq, hash=state.hash, digest=_digest(VERSION, state.head, body, key))
     return msgspec.json.encode(header) + b"\n" + body
 
 

@@ -30,6 +30,7 @@ from events.types import (
     DriftEnded,
     ErrorRecorded,
     Execution,
+    Head,
     HistoryAccepted,
     HistoryRestored,
     ManualDisarm,
@@ -170,6 +171,11 @@ class State:
         self.results: Table[str, int] = Table()
         """The same for result entries."""
         self.forked = False
+
+    @property
+    def head(self) -> Head:
+        """The event it is the state at."""
+        return Head(self.seq, self.hash)
 
     def fork(self) -> State:
         """A state to try events on; this one stays as it is."""
@@ -410,7 +416,7 @@ def digest(state: State) -> str:
     time = state.time
     content = {
         "version": VERSION,
-        "head": (state.seq, state.hash),
+        "head": state.head,
         "time": time,
         "first_at": state.first_at,
         "mode": state.mode,

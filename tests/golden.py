@@ -20,7 +20,6 @@ from events.types import (
     DisarmFailed,
     Entry,
     Event,
-    Head,
     HistoryAccepted,
     HistoryRestored,
     ManualDisarm,
@@ -176,7 +175,7 @@ def entries(name: str = "") -> list[Entry]:
     head, found = GENESIS, []
     for at, event in STORIES[name]():
         found.append(encode(event, after=head, at=at))
-        head = Head(found[-1].seq, found[-1].hash)
+        head = found[-1].head
     return found
 
 

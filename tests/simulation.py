@@ -524,7 +524,7 @@ class Auditor:
         covered = f"{self.head.hash}\n{entry.name}\n{entry.seq}\n{entry.timestamp}\n".encode() + entry.data
         need(entry.seq == self.head.seq + 1, "no gap", lambda: f"{entry.seq} after {self.head.seq}")
         need(hashlib.sha256(covered).hexdigest() == entry.hash, "the chain holds", f"event {entry.seq}")
-        self.head = Head(entry.seq, entry.hash)
+        self.head = entry.head
         if entry.seq <= len(self.hashes):
             need(self.hashes[entry.seq - 1] == entry.hash, "one history", f"event {entry.seq} is another one now")
             return None
@@ -873,7 +873,7 @@ class Server:
         """It comes back without its last events, as after a power cut or on another replica."""
         kept = self.store.entries[: max(0, len(self.store.entries) - count)]
         self.store.entries[:] = kept
-        self.world.auditor.head = Head(kept[-1].seq, kept[-1].hash) if kept else Head(0, "0" * 64)
+        self.world.auditor.head = kept[-1].head if kept else Head(0, "0" * 64)
 
 
 def at_once(work: Coroutine[Any, Any, Any]) -> Any:

@@ -42,7 +42,7 @@ def on(*days: float, after: Head = GENESIS, key: bytes | None = None, mark: str 
 
 
 def end_of(entries: list[Entry]) -> Head:
-    return Head(entries[-1].seq, entries[-1].hash)
+    return entries[-1].head
 
 
 def memory(entries: list[Entry]) -> MemoryStore:
@@ -513,7 +513,7 @@ async def test_a_daemon_starts_and_an_audit_goes_over_both(
     assert auditor.finish()[0] == replay(entries, policies=policies, expect=end_of(entries))[0]
     ledger = Ledger(both, KEYS, lambda: 0)
     await ledger.open()
-    assert Head(ledger.state.seq, ledger.state.hash) == end_of(entries)
+    assert ledger.state.head == end_of(entries)
 
 
 async def test_following_goes_over_both(directory: Path) -> None:

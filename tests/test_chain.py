@@ -57,7 +57,7 @@ def test_hash_is_that_of_the_parts_one_a_line(previous: str, seq: int, data: byt
 def test_a_history_as_it_was_written_passes_whole(key: bytes | None) -> None:
     entries = history(key=key)
     assert list(verify(entries, key=key)) == entries
-    after = Head(entries[1].seq, entries[1].hash)
+    after = entries[1].head
     assert list(verify(entries[2:], after=after, key=key)) == entries[2:]
     assert list(verify([])) == []
 

@@ -211,7 +211,7 @@ def test_events_of_one_moment_are_linked_one_to_the_next() -> None:
     entries = encode_all(EXAMPLES, after=Head(3, "a" * 64), at=AT)
     assert [entry.seq for entry in entries] == list(range(4, 4 + len(EXAMPLES)))
     assert {entry.timestamp for entry in entries} == {"1763870400.000042"}
-    heads = [Head(3, "a" * 64), *(Head(entry.seq, entry.hash) for entry in entries[:-1])]
+    heads = [Head(3, "a" * 64), *(entry.head for entry in entries[:-1])]
     one_by_one = [encode(event, after=head, at=AT) for event, head in zip(EXAMPLES, heads, strict=True)]
     assert one_by_one == entries
     assert encode_all([], after=GENESIS, at=AT) == []

@@ -49,7 +49,7 @@ def entries_of(
 
 
 def end_of(entries: list[Entry]) -> Head:
-    return Head(entries[-1].seq, entries[-1].hash)
+    return entries[-1].head
 
 
 def body(path: Path) -> bytes:

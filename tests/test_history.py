@@ -18,7 +18,7 @@ from events.journal import Journal
 from events.keys import Keys
 from events.segments import DiskError
 from events.store import Commit, MemoryStore, StoreError, Write
-from events.types import Entry, ErrorRecorded, Head, Recovered
+from events.types import Entry, ErrorRecorded, Recovered
 from governor.connection import Door
 from governor.connection import client as client_of
 from governor.durability import Server, identity
@@ -160,10 +160,10 @@ def other_history(client: redis.Redis) -> None:
     """The last events are other ones: a backup of another server, say."""
     entries = stored(client)
     kept = entries[:-3]
-    head = Head(kept[-1].seq, kept[-1].hash)
+    head = kept[-1].head
     for _ in range(5):
         kept.append(encode(Recovered(), after=head, at=decode(entries[-1]).at))
-        head = Head(kept[-1].seq, kept[-1].hash)
+        head = kept[-1].head
     fill(client, kept)
 
 

@@ -550,7 +550,7 @@ def replace_by(count: int) -> Callable[[MemoryStore], None]:
 
 def lose_the_front(store: MemoryStore) -> None:
     del store.entries[:3]
-    store.entries += codec.encode_all([Recovered()], after=Head(store.entries[-1].seq, store.entries[-1].hash), at=NOON)
+    store.entries += codec.encode_all([Recovered()], after=store.entries[-1].head, at=NOON)
 
 
 @pytest.mark.parametrize(

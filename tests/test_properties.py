@@ -32,7 +32,6 @@ from events.types import (
     DisarmStarted,
     Event,
     Execution,
-    Head,
     ManualDisarm,
     PermitConsumed,
     PermitExpired,
@@ -475,7 +474,7 @@ class World:
     def check(self) -> None:
         """Read what is new in the stream, and hold everything to it."""
         entries = self.store.entries[self.shadow.seq :]
-        for entry in verify(entries, after=Head(self.shadow.seq, self.shadow.hash)):
+        for entry in verify(entries, after=self.shadow.head):
             recorded = codec.decode(entry)
             evolve(self.shadow, recorded)
             self.note(recorded.seq, digest(self.shadow))

@@ -30,7 +30,7 @@ def rechained(entries: list[Entry], change: dict[int, Event | None], more: list[
         event = change.get(recorded.seq, recorded.event)
         for each in ([] if event is None else [event]) + (more or [] if recorded.seq == len(entries) else []):
             found.append(encode(each, after=head, at=recorded.at))
-            head = Head(found[-1].seq, found[-1].hash)
+            head = found[-1].head
     return found
 
 
@@ -119,7 +119,7 @@ def test_a_dropped_a_swapped_and_an_inserted_entry_are_located() -> None:
 
 def test_a_tail_that_was_cut_shows_against_a_head_kept_elsewhere() -> None:
     entries, policies = history()
-    head = Head(entries[-1].seq, entries[-1].hash)
+    head = entries[-1].head
     assert audit(entries, policies, expect=head).complete
     cut = audit(entries[:-3], policies, expect=head)
     assert (cut.chain, cut.complete, cut.clean) == ("ok", False, False)

@@ -38,7 +38,7 @@ class Told(Spec):
         for recorded in map(decode, self.entries):
             event = changed if recorded.seq == seq else recorded.event
             entries.append(encode(event, after=head, at=recorded.at))
-            head = Head(entries[-1].seq, entries[-1].hash)
+            head = entries[-1].head
         return replay(entries, policies={"s": self.policy})[0]
 
 

@@ -58,7 +58,7 @@ def of(events: Iterable[Event], after: Head = GENESIS, **parts: Any) -> Commit:
 
 
 def end_of(commit: Commit) -> Head:
-    return Head(commit.entries[-1].seq, commit.entries[-1].hash)
+    return commit.entries[-1].head
 
 
 async def grow(to: EventStore, count: int) -> Head:
@@ -319,7 +319,7 @@ async def test_hash_covers_the_previous_hash_and_the_stored_bytes(place: Place, 
     for batch in ([error("a"), error("ü")], [error("c")]):
         entries = encode_all(batch, after=after, at=AT, key=key)
         await place.store.commit(Commit(expected=after, entries=entries))
-        after = Head(entries[-1].seq, entries[-1].hash)
+        after = entries[-1].head
     previous = b"0" * 64
     for seq, fields in enumerate(await place.raw(), start=1):
         covered = b"\n".join((previous, fields[b"event"], b"%d" % seq, fields[b"timestamp"], fields[b"data"]))

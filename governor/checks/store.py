@@ -141,7 +141,7 @@ async def _verify(look: Look, head: Head) -> tuple[int, str | None]:
     after, last = 0 if look.full else max(0, head.seq - LAST), GENESIS
     if after:
         (before,) = await store.read(after - 1, limit=1)
-        last = Head(before.seq, before.hash)
+        last = before.head
     verified, problem = 0, None
     read = pages(store, label="verifying") if look.full else _pages(look, after)
     async for entries in read:
@@ -152,7 +152,7 @@ async def _verify(look: Look, head: Head) -> tuple[int, str | None]:
                     verified += 1
                 except chain.ChainError as error:
                     problem = str(error)
-            last = Head(entry.seq, entry.hash)
+            last = entry.head
             try:
                 recent.append(decode(entry))
             except ValueError as error:

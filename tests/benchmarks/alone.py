@@ -199,7 +199,7 @@ class Forgetful:
         if commit.expected != self._head:
             raise ConflictError(commit.expected, self._head)
         if commit.entries:
-            self._head = Head(commit.entries[-1].seq, commit.entries[-1].hash)
+            self._head = commit.entries[-1].head
         return frozenset()
 
     async def head(self) -> Head:

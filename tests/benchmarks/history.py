@@ -6,7 +6,7 @@ from heapq import heappop, heappush
 from random import Random
 
 from events.codec import encode
-from events.types import AutoDisarm, DisarmStarted, Entry, Event, Head, ManualDisarm, Recorded, SettingsLoaded
+from events.types import AutoDisarm, DisarmStarted, Entry, Event, ManualDisarm, Recorded, SettingsLoaded
 from governor import decider
 from governor.gates import Situation
 from governor.market import Market
@@ -168,7 +168,7 @@ class History:
 
     def _write(self, events: Iterable[Event]) -> None:
         for event in events:
-            entry = encode(event, after=Head(self.state.seq, self.state.hash), at=self.now)
+            entry = encode(event, after=self.state.head, at=self.now)
             evolve(self.state, Recorded(entry.seq, self.now, event, entry.hash))
             self.entries.append(entry)
             if isinstance(event, DisarmStarted):

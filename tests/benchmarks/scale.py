@@ -34,7 +34,7 @@ from events.chain import GENESIS, link
 from events.codec import encode, seconds
 from events.keys import Keys
 from events.store import client as connect
-from events.types import Entry, Head, Recorded, SettingsLoaded
+from events.types import Entry, Recorded, SettingsLoaded
 from governor import decider
 from governor.gates import Situation
 from governor.ledger import Ledger
@@ -345,7 +345,7 @@ class MadeUp(Forgetful):
         assert after == self._head.seq
         page = list(islice(self._entries, limit))
         if page:
-            self._head = Head(page[-1].seq, page[-1].hash)
+            self._head = page[-1].head
         self.making_s += time.perf_counter() - begun
         return page
 
