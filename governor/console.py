@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from events.types import Entry, Head
     from governor.settings import Settings
 
-DONE, FAILED, USAGE, DIFFERS, NO_REDIS, BAD_SETTINGS = 0, 1, 2, 3, 4, 78
+DONE, FAILED, DIFFERS, NO_REDIS, BAD_SETTINGS = 0, 1, 3, 4, 78
 CODES = (
     "\b\nExit codes: 0 done, 1 failed, 2 usage, 3 neither ARMED nor THROTTLED (status)\n"
     "or something differs (replay, rebuild --check), "
@@ -137,14 +137,14 @@ async def pages(store: EventStore | FileStore, *, label: str) -> AsyncIterator[l
     """
     gc.freeze()  # what was imported need not be looked at again and again
     seq = 0
-    with progress(await _length(store), label=label) as told:
+    with progress(await length(store), label=label) as told:
         while entries := await _page(store, seq):
             yield entries
             seq = entries[-1].seq
             told(len(entries))
 
 
-async def _length(store: EventStore | FileStore) -> int:
+async def length(store: EventStore | FileStore) -> int:
     """How many events there are; 0 where the last one is no event."""
     from events.store import StoreError, UnavailableError  # noqa: PLC0415
 

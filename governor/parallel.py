@@ -22,7 +22,7 @@ import msgspec
 from events.files import FileStore
 from events.store import EventStore, StoreError, UnavailableError
 from events.types import Entry, Head
-from governor.console import DamagedError, history, pages
+from governor.console import DamagedError, history, length, pages
 from governor.replay import Auditor, Replay, joined
 from governor.settings import Settings
 from projections.state import State
@@ -69,8 +69,8 @@ async def audit(
     whole = until_us is None and until_seq is None
     async with history(source.settings, source.files) as store:
         claimed = await store.head() if source.files else None
-        length = await _length(store) if whole and jobs > 1 else 0
-        found = await _in_two(source, store, round(length * FIRST)) if length >= long else None
+        events = await length(store) if whole and jobs > 1 else 0
+        found = await _in_two(source, store, round(events * FIRST)) if events >= long else None
         state, stopped = None, False
         if found is None:
             auditor = source.auditor(until_us=until_us, until_seq=until_seq)
@@ -94,15 +94,6 @@ async def _feed(auditor: Auditor, read: AsyncIterator[list[Entry]]) -> None:
 
 class WorkerError(ValueError):
     """The other process died."""
-
-
-async def _length(store: EventStore | FileStore) -> int:
-    try:
-        return (await store.head()).seq
-    except UnavailableError:
-        raise
-    except StoreError:  # the last entry is no event: the audit will tell
-        return 0
 
 
 async def _in_two(source: Source, store: EventStore | FileStore, cut: int) -> Replay | None:

@@ -9,14 +9,11 @@ from typing import Any
 
 import redis.exceptions
 
-from events import chain
+from events import chain, reading
 from events.chain import GENESIS
 from events.codec import decode
 from events.store import StoreError, UnavailableError
-from events.types import (
-    Head,
-    Recorded,
-)
+from events.types import Head, Recorded
 from governor import access as rights
 from governor import disarming
 from governor.by_hand import nothing_here
@@ -29,7 +26,6 @@ from projections.state import ARMED, DISARMED
 
 LAST = 10_000
 """Events at the end of the stream that are verified unless all are asked for."""
-PAGE = 1000
 PINGS = 5
 SLOW_MS = 50.0
 CLOCK_WARN_US, CLOCK_FAIL_US = 1_000_000, 5_000_000
@@ -143,8 +139,7 @@ async def _verify(look: Look, head: Head) -> tuple[int, str | None]:
         (before,) = await store.read(after - 1, limit=1)
         last = before.head
     verified, problem = 0, None
-    read = pages(store, label="verifying") if look.full else _pages(look, after)
-    async for entries in read:
+    async for entries in pages(store, label="verifying") if look.full else reading.pages(store, after):
         for entry in entries:
             if problem is None:
                 try:
@@ -159,12 +154,6 @@ async def _verify(look: Look, head: Head) -> tuple[int, str | None]:
                 problem = problem or str(error)
     look.recent = list(recent)
     return verified, problem
-
-
-async def _pages(look: Look, after: int) -> Any:
-    while entries := await look.ledger.store.read(after, limit=PAGE):
-        yield entries
-        after = entries[-1].seq
 
 
 async def state(look: Look, found: Findings) -> None:
