@@ -21,10 +21,10 @@ from events import store
 from events.keys import Keys
 from events.types import Decision, Execution, Recorded
 from governor.connection import now
-from governor.demo.stage import SERVICE, Stage, stop
+from governor.demo.stage import Stage, stop
 from governor.demo.story import REARM_AFTER_S, scenes
 from governor.demo.view import View
-from governor.envfile import assign, effective
+from governor.envfile import effective
 from governor.ledger import Ledger
 from governor.policy import Policy
 from governor.sim.apply_layer import PROPOSALS
@@ -128,19 +128,14 @@ class _Demo:
             await asyncio.sleep(FRAME_S)
 
     async def _rearm(self) -> None:
-        """What a person does after looking at it: arm, put the file back, restart the service."""
+        """What a person does after looking at it: arm again and put the Apply Layer back."""
         self.view.tells = "a person looked at it, arms again and puts the Apply Layer back"
         environ = self.stage.environ() | {"SUDO_USER": "demo-operator"}
-        config = self.stage.config
-        config.write_bytes(assign(config.read_bytes(), "APPLY_MODE", "testnet"))
-        for command in (
-            [str(self.home / "bin" / "systemctl"), "restart", SERVICE],
-            [sys.executable, "-m", "governor", "rearm", "--reason", "demo: looked at it"],
-        ):
-            process = await asyncio.create_subprocess_exec(
-                *command, env=environ, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
-            )
-            await process.wait()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "governor", "rearm", "--reason", "demo: looked at it", "--restore",
+            env=environ, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        await process.wait()
 
     async def _move_prices(self) -> None:
         tape = PriceTape.load()
