@@ -551,6 +551,15 @@ def _beside(prefix: str = "") -> tuple[Line, ...]:
     )
 
 
+def _with_others(value: str) -> tuple[Line, ...]:
+    """A value without the lease, with it, and the floor's."""
+    return (
+        Line(f"all {value}", "all compete", OTHER, marker="^"),
+        Line(value, "one decides, others stand by"),
+        Line(f"floor {value}", "floor", FLOOR, marker="s"),
+    )
+
+
 class Axis(msgspec.Struct, frozen=True):
     """What is measured along what, and how it is shown."""
 
@@ -621,35 +630,9 @@ AXES: dict[str, Axis] = {
         "governors",
         governors,
         (
-            Panel(
-                f"{PERMIT}, p50",
-                "ms",
-                (
-                    Line("all p50", "all compete", OTHER, marker="^"),
-                    Line("p50", "one decides, others stand by"),
-                    Line("floor p50", "floor", FLOOR, marker="s"),
-                ),
-                log=False,
-            ),
-            Panel(
-                RATE,
-                "1/s",
-                (
-                    Line("all rate", "all compete", OTHER, marker="^"),
-                    Line("rate", "one decides, others stand by"),
-                    Line("floor rate", "floor", FLOOR, marker="s"),
-                ),
-                log=False,
-            ),
-            Panel(
-                "commits refused, of 100 plans",
-                "conflicts",
-                (
-                    Line("all conflicts", "all compete", OTHER, marker="^"),
-                    Line("conflicts", "one decides, others stand by"),
-                ),
-                log=False,
-            ),
+            Panel(f"{PERMIT}, p50", "ms", _with_others("p50"), log=False),
+            Panel(RATE, "1/s", _with_others("rate"), log=False),
+            Panel("commits refused, of 100 plans", "conflicts", _with_others("conflicts")[:-1], log=False),
         ),
         "floor p50",
     ),

@@ -33,6 +33,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.daemon import wait_for
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -405,14 +407,8 @@ class Container:
         return self._console.read_text(errors="replace") if self._console.exists() else ""
 
     def wait_for(self, look: Callable[[], T], *, within_s: float = 20.0, what: str = "it") -> T:
-        """Look until something true is seen."""
-        until = time.monotonic() + within_s
-        while True:
-            seen = look()
-            if seen:
-                return seen
-            assert time.monotonic() < until, f"{what} did not come within {within_s:g} s"
-            time.sleep(0.01)
+        """As `tests.daemon.wait_for`; a machine takes longer."""
+        return wait_for(look, within_s=within_s, what=what)
 
     def _make_cgroups(self) -> list[Path]:
         """Make a control group of its own below ours: without, the services of two containers would share theirs."""
