@@ -6,10 +6,10 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import redis
@@ -29,7 +29,30 @@ class ServerUnavailable(Exception):  # noqa: N818  (a state of the machine, not 
     """The server program is not installed; the message says what to install."""
 
 
-class RedisServer:
+class Running(ABC):
+    """What runs for a `with` block and is gone behind it, also where it does not start."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Return when it is of use."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it, however far it came, and remove what it wrote."""
+
+
+class RedisServer(Running):
     """One server process with a data directory of its own, which outlives kill and restart.
 
     Attributes:
@@ -66,19 +89,6 @@ class RedisServer:
             **(options or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def pid(self) -> int:
@@ -151,7 +161,7 @@ class RedisServer:
             return ""
 
     @contextlib.contextmanager
-    def client(self, *, decode_responses: bool = True, protocol: int = 2) -> Iterator[redis.Redis]:
+    def client(self, *, decode_responses: bool = True, protocol: int = 2, **options: Any) -> Iterator[redis.Redis]:
         """Yield a client that never retries by itself, closed at the end."""
         client = redis.Redis(
             host=self.host,
@@ -159,6 +169,7 @@ class RedisServer:
             decode_responses=decode_responses,
             protocol=protocol,
             retry=Retry(NoBackoff(), 0),
+            **options,
         )
         try:
             yield client
@@ -246,7 +257,7 @@ class SentinelServer(RedisServer):
         return True  # it has nothing to load
 
 
-class Watched:
+class Watched(Running):
     """A primary, two replicas and three Sentinels that know each other."""
 
     def __init__(self, kind: Kind, *, options: Mapping[str, str] | None = None) -> None:
@@ -254,17 +265,6 @@ class Watched:
         self.servers = [RedisServer(kind, appendonly=True, options=given) for _ in range(3)]
         self.sentinels: list[SentinelServer] = []
         self._kind = kind
-
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def addresses(self) -> str:
@@ -291,7 +291,7 @@ class Watched:
         for server in (*self.sentinels, *self.servers):
             server.close()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         primary, *replicas = self.servers
         primary.start()
         for replica in replicas:
@@ -311,24 +311,13 @@ class Watched:
 SLOTS = 16384
 
 
-class Cluster:
+class Cluster(Running):
     """Three nodes with a third of the slots each, and replicas of one of them where asked for."""
 
     def __init__(self, kind: Kind, *, replicas: int = 0, of: int = 0) -> None:
         self._of = of
         self.nodes = [self._node(kind) for _ in range(3)]
         self.replicas = [self._node(kind) for _ in range(replicas)]
-
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Kill all of them and remove what they wrote."""
@@ -356,7 +345,7 @@ class Cluster:
         options["repl-diskless-sync-delay"] = "0"
         return RedisServer(kind, appendonly=True, options=options)
 
-    def _start(self) -> None:
+    def start(self) -> None:
         first, *others = (*self.nodes, *self.replicas)
         for node in (first, *others):
             node.start()

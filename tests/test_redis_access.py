@@ -81,23 +81,10 @@ class Guarded(RedisServer):
         return {(entry["username"], entry["object"]) for entry in entries}
 
     @contextlib.contextmanager
-    def client(
-        self, *, decode_responses: bool = True, protocol: int = 2, user: str = "admin", password: str = ""
-    ) -> Iterator[redis.Redis]:
-        client = redis.Redis(
-            host=self.host,
-            port=self.port,
-            username=user,
-            password=password or self.password(user),
-            decode_responses=decode_responses,
-            protocol=protocol,
-            retry=Retry(NoBackoff(), 0),
-            **self.more,
-        )
-        try:
+    def client(self, *, user: str = "admin", password: str = "", **options: Any) -> Iterator[redis.Redis]:
+        login: dict[str, Any] = {"username": user, "password": password or self.password(user)}
+        with super().client(**login, **self.more, **options) as client:
             yield client
-        finally:
-            client.close()
 
     def async_client(self, *, decode_responses: bool = True, protocol: int = 2, user: str = "admin") -> Any:
         return store.client(host=self.host, port=self.port, username=user, password=self.password(user))
