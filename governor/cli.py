@@ -7,7 +7,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -21,6 +21,7 @@ from governor.console import (
     from_option,
     history,
     json_option,
+    no_color_option,
     operator,
     pages,
     print_json,
@@ -91,13 +92,29 @@ def demo(*, seconds: float | None, speed: float, directory: str, port: int, svg:
 
 
 @main.command(epilog=CODES)
+@click.option(
+    "--watch",
+    "-w",
+    "every_s",
+    is_flag=False,
+    flag_value="1",
+    type=click.FloatRange(0.1, 3600),
+    metavar="[SECONDS]",
+    help="Stay, and show it as it changes, on the whole terminal: drawn every SECONDS (1), a change of the state at "
+    "once. q or Ctrl-C ends it.",
+)
+@no_color_option
 @from_option
 @json_option
-def status(*, files: tuple[Path, ...], as_json: bool) -> None:
+def status(*, every_s: float | None, files: tuple[Path, ...], as_json: bool) -> None:
     """The state, and every symbol's windows and totals against its limits.
 
-    With --from the state at the end of an exported history.
+    With --from the state at the end of an exported history. With --watch also verdicts as they come, outstanding
+    permits with their seconds, whether the daemon is ready, and the last disarm with its proof; when Redis does not
+    answer it says since when, and goes on when it is back.
     """
+    if every_s is not None:
+        _watch(every_s, files=files, as_json=as_json)
 
     async def work() -> int:
         settings = settings_of(logs=True)
@@ -116,6 +133,22 @@ def status(*, files: tuple[Path, ...], as_json: bool) -> None:
         return DONE if told["state"] in ("ARMED", "THROTTLED") else DIFFERS
 
     end_with(work())
+
+
+def _watch(every_s: float, *, files: tuple[Path, ...], as_json: bool) -> NoReturn:
+    if files or as_json:
+        raise click.UsageError("--watch shows what happens now, on a terminal: it goes without --from and --json")
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        raise click.UsageError(
+            "--watch needs a terminal that can move its cursor: standard output is none. "
+            "Without --watch the state is printed once; events --follow prints lines"
+        )
+    settings = settings_of()
+    from governor.logs import configure  # noqa: PLC0415
+    from governor.watch import watch  # noqa: PLC0415
+
+    configure(log_format=settings.log_format, level="CRITICAL")  # a line in between would spoil the picture
+    end_with(watch(settings, every_s=every_s, color=click.get_current_context().color is not False))
 
 
 async def _described(settings: Settings) -> dict[str, Any]:

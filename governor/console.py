@@ -34,6 +34,20 @@ LONG = 20_000
 """Events from which on a person is shown how far it is."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
+def _no_color(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's order
+    if value:
+        context.color = False
+
+
+no_color_option = click.option(
+    "--no-color",
+    is_flag=True,
+    expose_value=False,
+    callback=_no_color,
+    help="No colours, as with NO_COLOR in the environment or where the output is no terminal.",
+)
 from_option = click.option(
     "--from",
     "files",

@@ -26,6 +26,8 @@ def event_fields(recorded: Recorded) -> dict[str, Any]:
 
 def event_line(recorded: Recorded) -> str:
     """An event as a line."""
+    from governor.levels import colour_of  # noqa: PLC0415 - the events' types take a while to make
+
     data = event_fields(recorded)["data"]
     shown = [
         f"{name}={data[name]}"
@@ -37,22 +39,8 @@ def event_line(recorded: Recorded) -> str:
     ]  # fmt: skip
     if "apply_mode" in data and "verdict" not in data:  # every decision has it as well
         shown.append(f"apply_mode={clean(data['apply_mode'])}")
-    name = click.style(f"{recorded.event.NAME:<22}", fg=_colour(recorded.event.NAME, data.get("verdict")))
+    name = click.style(f"{recorded.event.NAME:<22}", fg=colour_of(recorded.event))
     return f"{recorded.seq:>8}  {utc(recorded.at / 1e6)}  {name} {' '.join(shown)}"
-
-
-_RED = ("DISARM_STARTED", "AUTO_DISARM", "MANUAL_DISARM", "DISARM_FAILED", "UNPERMITTED_EXECUTION",
-        "APPLY_MODE_DRIFTED")  # fmt: skip
-_YELLOW = ("THROTTLED", "ERROR_RECORDED", "PLAN_REJECTED", "PLAN_LOST")
-_GREEN = ("REARMED", "RECOVERED", "DRIFT_ENDED", "APPLY_MODE_RESTORED")
-
-
-def _colour(name: str, verdict: str | None) -> str | None:
-    if name in _RED:
-        return "red"
-    if name in _YELLOW or verdict == "BLOCK":
-        return "yellow"
-    return "green" if verdict == "EXECUTE" or name in _GREEN else None
 
 
 def print_status(told: dict[str, Any]) -> None:

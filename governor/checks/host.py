@@ -17,6 +17,7 @@ from events.types import Head
 from governor import envfile
 from governor.checks import AS_ROOT, UNIT, Findings, Look, run, shown, some
 from governor.disarming import in_thread
+from governor.readiness import base_url
 from governor.service import VERSION
 from governor.settings import TABLE
 
@@ -95,7 +96,7 @@ async def metrics(look: Look, found: Findings) -> None:
     if settings.metrics_port == 0:
         found.skip("METRICS_PORT is 0: the daemon took a free one")
         return
-    base = f"http://{_asked(settings.metrics_host)}:{settings.metrics_port}"
+    base = base_url(settings)
     try:
         async with httpx.AsyncClient(base_url=base, trust_env=False, timeout=HTTP_S) as http:
             pages = [await http.get(path) for path in ("/metrics", "/healthz", "/readyz")]
@@ -114,12 +115,6 @@ async def metrics(look: Look, found: Findings) -> None:
         _readiness(ready.status_code, ready.json(), found)
     except (ValueError, AttributeError, TypeError):
         found.fail(f"/readyz answers {ready.text[:80]!r}", f"Something else listens on {base}: set METRICS_PORT.")
-
-
-def _asked(host: str) -> str:
-    """The address to ask of a server that listens on `host`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing listens here
-    return f"[{host}]" if ":" in host else host
 
 
 def _metrics_page(text: str, now_s: float, found: Findings) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import redis.asyncio
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 
 from events import store
@@ -23,13 +23,13 @@ from events.types import Decision, Execution, Recorded
 from governor.connection import now
 from governor.demo.stage import Stage, stop
 from governor.demo.story import REARM_AFTER_S, scenes
-from governor.demo.view import View
 from governor.envfile import effective
 from governor.ledger import Ledger
 from governor.policy import Policy
 from governor.sim.apply_layer import PROPOSALS
 from governor.sim.exchange import PriceTape
-from governor.status import policy_of
+from governor.status import describe, policy_of
+from governor.view import Around, View
 from projections.state import State
 
 RUNS_KEPT = 5
@@ -63,6 +63,7 @@ class _Demo:
         self.reasons: dict[str, int] = {}
         self.executions = 0
         self.view = View()
+        self.tells = ""
         self.seen: dict[str, int] = {}
         self.started = time.monotonic()
 
@@ -116,7 +117,7 @@ class _Demo:
         self.started = time.monotonic()
         for scene in scenes():
             await asyncio.sleep(max(0.0, self.started + scene.at / self.speed - time.monotonic()))
-            self.view.tells = scene.tells
+            self.tells = scene.tells
             await client.rpush(PROPOSALS, json.dumps(scene.proposals))
 
     async def _be_a_person(self) -> None:
@@ -129,7 +130,7 @@ class _Demo:
 
     async def _rearm(self) -> None:
         """What a person does after looking at it: arm again and put the Apply Layer back."""
-        self.view.tells = "a person looked at it, arms again and puts the Apply Layer back"
+        self.tells = "a person looked at it, arms again and puts the Apply Layer back"
         environ = self.stage.environ() | {"SUDO_USER": "demo-operator"}
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "governor", "rearm", "--reason", "demo: looked at it", "--restore",
@@ -152,7 +153,7 @@ class _Demo:
                 with contextlib.suppress(store.UnavailableError):
                     await self.ledger.catch_up()
                 if self.seconds is None:
-                    live.update(self._picture())
+                    live.update(self._picture(console.width, console.height))
                 await asyncio.sleep(FRAME_S)
 
     def _observe(self, recorded: Recorded, _state: State) -> None:
@@ -169,17 +170,21 @@ class _Demo:
             self.executions += 1
             self.stage.exchange.reduce(event.symbol, event.executed_qty)
 
-    def _picture(self) -> Any:
-        policy = policy_of(self.ledger.state, Policy())
+    def _picture(self, width: int, height: int) -> Any:
+        state, at = self.ledger.state, now()
         mode = effective(self.stage.config.read_bytes(), "APPLY_MODE")
-        return self.view.render(self.ledger.state, policy, now(), apply_mode=mode)
+        around = Around(
+            now=at, place=f"127.0.0.1:{self.stage.port}", heard_at=at, apply_mode=mode or "unknown", tells=self.tells
+        )
+        told = describe(state, policy_of(state, Policy()), at)
+        return Group(*self.view.lines(told, around, width=width, height=height))
 
     def _keep_picture(self) -> None:
         if self.svg is None:
             return
         with Path(os.devnull).open("w") as nowhere:
             console = Console(record=True, width=110, file=nowhere, force_terminal=True, color_system="truecolor")
-            console.print(self._picture())
+            console.print(self._picture(console.width, 28))
             console.save_svg(self.svg, title="governor demo")
         self.svg = None
 
