@@ -45,7 +45,7 @@ PENDING_IDLE_S = 10.0
 """Pending for this long and not given to this process: somebody else's, who is gone."""
 PENDING_PAGE = 1_000
 
-_READ = (Path(__file__).parent / "intake.lua").read_text()
+_READ = (Path(__file__).parent / "intake.lua").read_text("utf-8")
 # A group made at 0 reads from the first entry that is there; what was removed before that is nobody's loss.
 _CREATE = """
 local added, length = 0, 0

@@ -39,7 +39,7 @@ from events.chain import GENESIS
 from events.codec import plain_fields
 from events.types import Entry, Head
 
-_SCRIPT = (Path(__file__).parent / "commit.lua").read_text()
+_SCRIPT = (Path(__file__).parent / "commit.lua").read_text("utf-8")
 
 
 _REFUSALS = (

@@ -22,7 +22,7 @@ from governor.connection import connected
 from governor.durability import Finding, Verdict
 from governor.settings import Settings
 
-_SCRIPT: Final = Path(__file__).with_name("access.lua").read_text()
+_SCRIPT: Final = Path(__file__).with_name("access.lua").read_text("utf-8")
 TOLD_MOST: Final = 6
 """Missing rights named in one sentence."""
 ASK_S: Final = 2.0

@@ -10,7 +10,7 @@ import datetime as dt
 import textwrap
 from collections import deque
 from collections.abc import Sequence
-from decimal import Decimal
+from decimal import ROUND_DOWN, Decimal
 from typing import Any
 
 import msgspec
@@ -29,6 +29,8 @@ _WORD = 15
 _KEPT = 300
 _TALL = 32
 """Rows from which on the state takes three of them."""
+_SHORT = 16
+"""Rows below which what can be done without is left out."""
 _WIDE = 110
 """Columns from which on quantities are shown."""
 _ORDINARY_BUT_SHOWN = frozenset({"REARMED", "RECOVERED", "PERMIT_EXPIRED", "PERMIT_CONSUMED", "DRIFT_ENDED",
@@ -92,9 +94,11 @@ class View:
         if told is None or told["state"] is None:
             return _fitted([*top, *_loud(told, around, width), *_daemon(around, width)], foot, width, height)
         top += [_since(told, around), *_loud(told, around, width), *_daemon(around, width)]
-        top += [_disarm(self.last_disarm, told), *self._totals(told, width)]
+        top += [_disarm(self.last_disarm, told), *self._totals(told, width, short=height < _SHORT)]
         rest = max(0, height - len(top) - len(foot))
         symbols, permits = self._symbols(told, width), _permits(told, around.now)
+        if height < _SHORT and not told["permits"]:
+            permits = []
         for_events = min(len(self._events) + 1, max(4, rest // 3))
         symbols = _cut(symbols, max(2, rest - len(permits[:3]) - for_events), "symbols")
         permits = _cut(permits, max(1, rest - len(symbols) - for_events), "permits")
@@ -121,8 +125,8 @@ class View:
         blank = Text(" " * width, style=style)
         return [blank, row, blank.copy()] if tall else [row]
 
-    def _totals(self, told: dict[str, Any], width: int) -> list[Text]:
-        """Errors and totals against their limits, and what became of all plans; two lines where one is too short."""
+    def _totals(self, told: dict[str, Any], width: int, *, short: bool) -> list[Text]:
+        """Errors and totals against their limits, and what became of all plans, where there is room for it."""
         cells, counts = 10 if width >= _WIDE else 5, told["counts"]
         limits = Text.assemble(
             "errors ", self._bar(told["errors"], cells),
@@ -132,7 +136,7 @@ class View:
                      f"{counts['skipped']} skipped; {counts['rejected']} rejected")  # fmt: skip
         if limits.cell_len + 3 + plans.cell_len <= width:
             return [Text.assemble(limits, "   ", plans)]
-        return [limits, plans]
+        return [limits] if short else [limits, plans]
 
     def _symbols(self, told: dict[str, Any], width: int) -> list[Text]:
         """A line a symbol, the last active first: windows and totals as bars, and when it is allowed again."""
@@ -148,23 +152,26 @@ class View:
         for symbol, values in reversed(told["symbols"].items()):
             row = Text(f"{_short(clean(symbol), first):<{first}}  ")
             for name in names:
-                bar = self._bar(values[name], min(16, column - 10))
+                bar = self._bar(values[name], min(16, column - 5), room=column)
                 bar.truncate(column, overflow="ellipsis")
                 row.append_text(bar).append(" " * (column - bar.cell_len + 2))
             found.append(row.append_text(_next(values, told)))
         return found
 
-    def _bar(self, pair: dict[str, Any], width: int) -> Text:
+    def _bar(self, pair: dict[str, Any], cells: int, *, room: int = 1000) -> Text:
+        """Used of a limit, as a bar of at most `cells` and as numbers, in `room` columns; the numbers come first."""
         used, limit = Decimal(pair["used"]), pair["limit"]
         if limit is None:
             return Text(f"{_amount(used)}/off")
         share = float(used / limit) if limit else 1.0
-        width = width if width > 2 else 0
-        filled = min(width, round(share * width))
         colour = "red" if share >= 1 else "yellow" if share >= 0.8 else "green"
-        bar = Text.assemble((self._full * filled, colour), (self._empty * (width - filled), "dim"))
         numbers = f"{_amount(used)}/{_amount(Decimal(limit))}"
-        return bar.append(" " if width > 0 else "").append(numbers, "" if share < 0.8 else colour)
+        cells = min(cells, room - len(numbers) - 1)
+        if cells < 3:
+            return Text(numbers, style=colour)
+        filled = min(cells, int(share * cells) or bool(used))  # never full before it is
+        bar = Text.assemble((self._full * filled, colour), (self._empty * (cells - filled), "dim"))
+        return bar.append(" ").append(numbers, "" if share < 0.8 else colour)
 
 
 def worth_seeing(event: Event) -> bool:
@@ -198,15 +205,13 @@ def _why(told: dict[str, Any] | None) -> str:
 
 
 def _since(told: dict[str, Any], around: Around) -> Text:
-    since = told["since"]
-    found = Text.assemble(
-        "since ", (_utc(round(since * 1e6)), "bold"), f" ({span(max(0.0, around.now / 1e6 - since))})"
-    )
+    at = round(told["since"] * 1e6)
+    found = Text.assemble("since ", (_utc(at), "bold"), f" ({_ago(around, at)})")
     if told["disarm"] and told["disarm"]["operator"]:
         found.append(f", by {clean(told['disarm']['operator'])}")
     if told["throttle"] is not None:
         causes = ", ".join(f"{cause['reason']} ({cause['symbol'] or 'all'})" for cause in told["throttle"]["causes"])
-        left = span(max(0.0, told["throttle"]["until"] - around.now / 1e6))
+        left = _whole(told["throttle"]["until"] - around.now / 1e6)
         found.append(f", throttled for {left} more: {clean(causes)}", "yellow")
     if around.apply_mode is not None:
         found.append("   Apply Layer: ").append(clean(around.apply_mode), "bold red" if around.apply_mode == "dry_run"
@@ -239,7 +244,7 @@ def _told_loud(told: dict[str, Any], around: Around) -> list[str]:
     if told["drift"] is not None:
         found.append(f"DRIFT: the Apply Layer's file says APPLY_MODE={clean(told['drift'])}, set by hand")
     if told["hold_until"] is not None:
-        found.append(f"no permits for {span(told['hold_until'] - around.now / 1e6)} more: history was lost")
+        found.append(f"no permits for {_whole(told['hold_until'] - around.now / 1e6)} more: history was lost")
     return found
 
 
@@ -262,11 +267,14 @@ def _disarm(last: LastDisarm | None, told: dict[str, Any]) -> Text:
     found.append(f"{_utc(last.at)}, ")
     if last.proven_at is None:
         failed = f" after {last.attempts} attempts: {clean(last.error or '')}" if last.attempts else ""
-        found.append(f"NOT PROVEN{failed}", "bold red").append(f", {clean(last.reason)}")
+        found.append(f"NOT PROVEN{failed}", "bold red")
     else:
         found.append(f"proven {span((last.proven_at - last.at) / 1e6)} later", "green")
-        found.append(f": {clean(last.reason)}, {clean(last.action_taken or '')}")
-    return found.append("" if last.rearmed_at is None else f"; re-armed {_utc(last.rearmed_at)}")
+    if last.rearmed_at is not None:
+        found.append(f", re-armed {_clock(last.rearmed_at)}Z")
+    return found.append(
+        f": {clean(last.reason)}" + ("" if last.action_taken is None else f", {clean(last.action_taken)}")
+    )
 
 
 def _permits(told: dict[str, Any], now: int) -> list[Text]:
@@ -276,7 +284,7 @@ def _permits(told: dict[str, Any], now: int) -> list[Text]:
     for permit in told["permits"]:
         left = max(0.0, permit["expires_at"] - now / 1e6)
         amount = f"{_digits(permit['qty'])} ({_digits(permit['notional'])} USD)"
-        what = clean(f"{permit['plan_id']:<14} {permit['symbol']:<9} {amount}")
+        what = clean(f"{permit['plan_id']:<12} {permit['symbol']:<9} {amount}")
         found.append(Text.assemble((f"{left:>4.0f} s  ", "bold"), what))
     return found
 
@@ -287,16 +295,19 @@ def _next(values: dict[str, Any], told: dict[str, Any]) -> Text:
     wait = values["next_allowed"] - told["time"]
     if wait <= 0:
         return Text("once re-armed", style="red") if told["state"] == "DISARMED" else Text("now", style="green")
-    found = Text(f"in {span(max(1, round(wait)))}", style="yellow")
+    found = Text(f"in {_whole(max(1.0, wait))}", style="yellow")
     return found.append("  throttled" if values["throttled"] else "", "yellow")
 
 
 def _footer(told: dict[str, Any] | None, around: Around, width: int) -> Text:
-    seq = "" if told is None or told["state"] is None else f"event {told['seq']}   "
-    right = f"{seq}{around.place}   {_clock(around.now)} UTC"
-    left = around.tells or around.hint
-    return Text(f"{_short(left, max(0, width - len(right) - 2))}"
-                f"{' ' * max(2, width - len(left) - len(right))}{right}", style="dim")  # fmt: skip
+    """What is going on or can be pressed; behind it, as far as there is room, where and when that is."""
+    left = _short(around.tells or around.hint, width)
+    seq = [] if told is None or told["state"] is None else [f"event {told['seq']}"]
+    parts = [*seq, around.place, f"{_clock(around.now)} UTC"]
+    while parts and len(left) + 2 + len("   ".join(parts)) > width:
+        parts.pop(0)
+    right = "   ".join(parts)
+    return Text(left + " " * (width - len(left) - len(right)) + right, style="dim")
 
 
 def _fitted(body: list[Text], foot: list[Text], width: int, height: int) -> list[Text]:
@@ -322,7 +333,7 @@ def _wrapped(lines: Sequence[str], width: int) -> list[Text]:
 
 def _amount(value: Decimal) -> str:
     """An amount as short as it may be without lying about a limit that is reached."""
-    return text(value.quantize(Decimal("0.01"))).removesuffix(".00") if value >= 100 else text(value)
+    return text(value.quantize(Decimal("0.01"), ROUND_DOWN)).removesuffix(".00") if value >= 100 else text(value)
 
 
 def _digits(value: Decimal | None) -> str:
@@ -338,8 +349,13 @@ def _one(problem: str | None) -> str:
 
 
 def _ago(around: Around, at: int) -> str:
-    seconds = max(0, round((around.now - at) / 1e6))
-    return f"{seconds} s" if seconds < 60 else span(seconds)
+    return _whole((around.now - at) / 1e6)
+
+
+def _whole(seconds: float) -> str:
+    """A duration in whole seconds: what changes faster nobody reads."""
+    whole = max(0, round(seconds))
+    return f"{whole} s" if whole < 60 else span(whole)
 
 
 def _clock(at: int) -> str:

@@ -93,7 +93,7 @@ class Source:
         before = await ledger.store.read(max(0, seq - LOOK_BACK), limit=min(seq, LOOK_BACK) or 1)
         found = await last_disarm.find(ledger.store, seq) if ledger.state.counts.disarms else None
         self._view.begin(found, [decode(entry) for entry in before if entry.seq <= seq])
-        self.state = ledger.state
+        self.state, self.heard_at = ledger.state, now()
         return ledger
 
     async def _turn(self, ledger: Ledger) -> None:
