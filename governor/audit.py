@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from governor import printing
 from governor.console import (
-    CODES,
     DIFFERS,
     DONE,
     FAILED,
-    PAGE,
     duration,
     fail,
     from_option,
@@ -28,132 +25,29 @@ from governor.console import (
     settings_of,
 )
 from governor.console import run as end_with
+from governor.manual import Command, codes
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from events.files import Header
-    from events.store import EventStore
-    from events.types import Head, Recorded
+    from events.types import Head
     from governor.settings import Settings
 
 
-@click.command()
-@click.option("--follow", "-f", is_flag=True, help="Go on as new ones come.")
-@click.option(
-    "--limit",
-    "-n",
-    type=click.IntRange(min=0),
-    default=50,
-    show_default=True,
-    help="How many of the last ones; 0 for all.",
+@click.command(
+    cls=Command,
+    examples=(
+        ("governor explain PLAN_ID", "why it was blocked, or what became of its permit"),
+        ("governor explain PLAN_ID --from 2026-01.jsonl.zst", "from an exported history"),
+    ),
+    exits=codes(exit_1="no event knows the plan"),
+    see=("governor events", "docs/gates.md"),
 )
-@click.option("--name", multiple=True, metavar="EVENT", help="Only events of this name (repeatable).")
-@click.option("--plan", metavar="PLAN_ID", help="Only events of this plan.")
-@click.option("--symbol", help="Only events of this symbol.")
-@click.option(
-    "--export",
-    "target",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write all of them, verified, to a file: .jsonl or .jsonl.zst. Every command with --from reads it.",
-)
-@from_option
-@json_option
-def events(
-    *,
-    follow: bool,
-    limit: int,
-    name: tuple[str, ...],
-    plan: str | None,
-    symbol: str | None,
-    target: Path | None,
-    files: tuple[Path, ...],
-    as_json: bool,
-) -> None:
-    """Print events, oldest first. With --follow, --json gives a document a line."""
-    if target is not None and (follow or name or plan or symbol):
-        raise click.UsageError("--export writes all events: it goes without --follow, --name, --plan and --symbol")
-    if files and follow:
-        raise click.UsageError("a file does not grow: --follow goes without --from")
-
-    settings = settings_of()
-    if target is not None:
-        end_with(_export(settings, files, target, as_json=as_json))
-    wanted = _wanted(name, plan, symbol)
-
-    async def work() -> int:
-        from events.codec import decode  # noqa: PLC0415
-
-        async with history(settings, files) as store:
-            head = await store.head()
-            seq = 0 if limit == 0 or name or plan or symbol else max(0, head.seq - limit)
-            found: list[Recorded] = []
-            while seq < head.seq and (entries := await store.read(seq, limit=PAGE)):
-                seq = entries[-1].seq
-                found += [recorded for recorded in map(decode, entries) if wanted(recorded)]
-                found = found[-limit:] if limit else found
-            if as_json and not follow:
-                print_json([printing.event_fields(recorded) for recorded in found])
-                return DONE
-            while True:
-                for recorded in found:
-                    if as_json:
-                        print_json(printing.event_fields(recorded))
-                    else:
-                        click.echo(printing.event_line(recorded))
-                if not follow:
-                    return DONE
-                entries = await cast("EventStore", store).follow(seq, timeout_s=1.0)
-                seq = entries[-1].seq if entries else seq
-                found = [recorded for recorded in map(decode, entries) if wanted(recorded)]
-
-    end_with(work())
-
-
-def _wanted(names: tuple[str, ...], plan: str | None, symbol: str | None) -> Callable[[Recorded], bool]:
-    """Which events were asked for."""
-    from events.types import BY_NAME  # noqa: PLC0415
-
-    if unknown := sorted(set(names) - BY_NAME.keys()):
-        raise click.BadParameter(f"{unknown[0]!r}, expected one of {', '.join(BY_NAME)}", param_hint="--name")
-
-    def wanted(recorded: Recorded) -> bool:
-        event = recorded.event
-        return (
-            (not names or event.NAME in names)
-            and (plan is None or getattr(event, "plan_id", None) == plan)
-            and (symbol is None or getattr(event, "symbol", None) == symbol)
-        )
-
-    return wanted
-
-
-async def _export(settings: Settings, files: tuple[Path, ...], target: Path, *, as_json: bool) -> int:
-    from events.chain import ChainError  # noqa: PLC0415
-    from events.files import export  # noqa: PLC0415
-
-    try:
-        async with history(settings, files) as store:
-            header = await export(store, target, key=settings.chain_key)
-    except ChainError as error:
-        fail(f"not exported, the chain does not hold: {error}", DIFFERS)
-    if as_json:
-        print_json(_segment(target, header))
-    else:
-        click.echo(f"{header.events} events in {target}, head {header.head.seq}:{header.head.hash}")
-    return DONE
-
-
-@click.command()
 @click.argument("plan_id")
 @from_option
 @json_option
 def explain(plan_id: str, *, files: tuple[Path, ...], as_json: bool) -> None:
-    """One plan's life: what was asked, what the exchange said, every check, and what became of the permit.
-
-    Exit code 1 for a plan that no event knows.
-    """
+    """One plan's life: what was asked, what the exchange said, every check, and what became of the permit."""
 
     async def work() -> int:
         from events.codec import decode  # noqa: PLC0415
@@ -176,7 +70,18 @@ def explain(plan_id: str, *, files: tuple[Path, ...], as_json: bool) -> None:
     end_with(work())
 
 
-@click.command(epilog=CODES)
+@click.command(
+    cls=Command,
+    examples=(
+        ("governor replay", "audit everything"),
+        ("governor replay --at -2h", "the state two hours ago"),
+        ("governor replay --anchor >> /mnt/elsewhere/anchors", "a head for --expect-head"),
+        ("governor replay --from 2026-01.jsonl.zst", "audit an exported history"),
+        ("governor replay --what-if GOV_MAX_EXEC_PER_HOUR=5 --plot five.svg", "another limit"),
+    ),
+    exits=codes("nothing differs", differs="something differs, or the history does not hold"),
+    see=("governor explain", "docs/auditing.md", "docs/what-if.md"),
+)
 @click.option("--at", metavar="TIME", help="Stop there: ISO 8601, unix seconds, or -2h (s, m, h, d).")
 @click.option("--at-seq", type=click.IntRange(min=0), metavar="N", help="Stop after event N.")
 @click.option("--expect-head", metavar="SEQ:HASH", help="A head kept elsewhere that the history must contain.")
@@ -232,13 +137,6 @@ def replay(
 
     With --what-if or --limits it decides under other settings instead, the state evolving as it then would have, and
     tells what would have changed.
-
-    \b
-    Examples:
-      governor replay --at -2h                              the state two hours ago
-      governor replay --anchor >> /mnt/elsewhere/anchors    a head for --expect-head
-      governor replay --from 2026-01.jsonl.zst              audit an exported history
-      governor replay --what-if GOV_MAX_EXEC_PER_HOUR=5 --plot five.svg
     """
     other = bool(changes or limits)
     if (rearm_after or picture) and not other:
@@ -378,7 +276,16 @@ async def _audit(
     return DONE if found.clean else DIFFERS
 
 
-@click.command(epilog=CODES)
+@click.command(
+    cls=Command,
+    examples=(
+        ("governor rebuild --check", "compare only"),
+        ("governor rebuild", "mend them"),
+        ("governor rebuild --from /backup/all.jsonl.zst", "after Redis lost its events"),
+    ),
+    exits=codes(differs="with --check: something differs"),
+    see=("governor replay", "docs/promises.md"),
+)
 @click.option("--check", is_flag=True, help="Compare only; exit 3 when something differs.")
 @from_option
 @json_option
@@ -446,7 +353,15 @@ async def _restore(settings: Settings, client: Redis, files: tuple[Path, ...]) -
     )
 
 
-@click.command(epilog=CODES)
+@click.command(
+    cls=Command,
+    examples=(
+        ("governor archive --before -90d", "from a timer"),
+        ("governor archive --before 2026-01-01", "up to a day"),
+    ),
+    exits=codes(exit_1="failed, nothing was trimmed"),
+    see=("governor events --export", "docs/operating.md"),
+)
 @click.option(
     "--before",
     required=True,
@@ -487,8 +402,8 @@ def archive(*, before: str, as_json: bool) -> None:
                 {
                     "before": date_of(day),
                     "directory": str(settings.archive_dir),
-                    "written": [_segment(*each) for each in done.written],
-                    "verified": [_segment(*each) for each in done.verified],
+                    "written": [printing.segment_fields(*each) for each in done.written],
+                    "verified": [printing.segment_fields(*each) for each in done.verified],
                     "trimmed": done.trimmed,
                 }
             )
@@ -501,11 +416,12 @@ def archive(*, before: str, as_json: bool) -> None:
     end_with(work())
 
 
-def _segment(path: Path, header: Header) -> dict[str, Any]:
-    return {"file": str(path), "events": header.events, "head": {"seq": header.head.seq, "hash": header.head.hash}}
-
-
-@click.command(epilog=CODES)
+@click.command(
+    cls=Command,
+    examples=(("governor checkpoint", "before an upgrade of a long history"),),
+    exits=codes(),
+    see=("governor run", "docs/settings.md"),
+)
 @json_option
 def checkpoint(*, as_json: bool) -> None:
     """Write a checkpoint now: the next start reads it and the events behind it, instead of all of them.
@@ -532,4 +448,4 @@ def checkpoint(*, as_json: bool) -> None:
     end_with(work())
 
 
-COMMANDS: tuple[click.Command, ...] = (events, explain, replay, rebuild, archive, checkpoint)
+COMMANDS: tuple[click.Command, ...] = (explain, replay, rebuild, archive, checkpoint)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from governor import audit, printing
+from governor import audit, listing, printing, shell
 from governor.console import (
-    CODES,
     DIFFERS,
     DONE,
     FAILED,
@@ -29,12 +28,29 @@ from governor.console import (
     settings_of,
 )
 from governor.console import run as end_with
+from governor.manual import Group, codes
 
 if TYPE_CHECKING:
     from governor.settings import Settings
 
 
-@click.group(epilog=CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    examples=(
+        ("governor run", "the daemon, as systemd starts it"),
+        ("governor status", "the state, windows and totals"),
+        ("governor status --watch", "the same, live"),
+        ("governor events --follow", "events as they happen"),
+        ("governor explain PLAN_ID", "one plan's life"),
+        ("governor replay", "audit: does every decision follow?"),
+        ("governor rebuild --check", "do the public keys say it too?"),
+        ('governor disarm --reason "bad fills"', "stop trading now"),
+        ("governor doctor", "is everything as it should be?"),
+    ),
+    exits=codes(differs="not ARMED or THROTTLED (status), or something differs", redis=True),
+    see=("governor COMMAND --help", "docs/operating.md", "man governor"),
+)
 @click.version_option(package_name="quantum-governor")
 @click.option(
     "--env-file",
@@ -45,32 +61,39 @@ if TYPE_CHECKING:
 def main(*, env_file: Path | None) -> None:  # noqa: ARG001 - read once settings are asked for, so that --help needs no file
     """The last gate before a trading bot's orders.
 
-    Settings come from the environment; `governor settings` shows the effective ones.
-
-    \b
-    Examples:
-      governor run                          the daemon, as systemd starts it
-      governor status                       the state, windows and totals
-      governor events --follow              events as they happen
-      governor explain PLAN_ID              one plan's life
-      governor replay                       audit: does every decision follow from its inputs?
-      governor rebuild --check              do the public keys say what the events say?
-      governor disarm --reason "bad fills"  stop trading now
-      governor doctor                       is everything as it should be, and what to do
+    Settings come from the environment; `governor settings` shows the effective ones. Every command that answers has
+    --json: one JSON document on stdout, everything else on stderr. check has exit codes of its own.
     """
     if os.environ.get("NO_COLOR"):
         click.get_current_context().color = False
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("governor run", "with the settings of the environment"),
+        ("governor --env-file /etc/quantum/governor.env run", "with those of a file"),
+    ),
+    exits=codes("ended by SIGTERM or SIGINT", redis=False),
+    see=("governor doctor", "docs/installing.md", "docs/settings.md"),
+)
 def run() -> None:
-    """Run the daemon until SIGTERM."""
+    """Run the daemon until SIGTERM.
+
+    It waits for Redis, and says so in the log and on /readyz, instead of ending.
+    """
     from governor import daemon  # noqa: PLC0415 - each command imports what it needs
 
     sys.exit(daemon.main(settings_of()))
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("governor demo", "live, until Ctrl-C"),
+        ("governor demo --seconds 30 --json", "half a minute, then what happened"),
+    ),
+    exits=codes(redis=False),
+    see=("governor run", "governor status --watch"),
+)
 @click.option("--seconds", type=click.FloatRange(min=1), help="Run without the live view for so long, then sum up.")
 @click.option("--speed", type=click.FloatRange(1, 10), default=1.0, show_default=True, help="Tell the story faster.")
 @click.option("--var", "directory", default="var", show_default=True, help="Where the demo keeps its data.")
@@ -91,7 +114,20 @@ def demo(*, seconds: float | None, speed: float, directory: str, port: int, svg:
     sys.exit(code)
 
 
-@main.command(epilog=CODES)
+@main.command(
+    examples=(
+        ("governor status", "once"),
+        ("governor status --watch", "live, in a pane of its own"),
+        ("governor status --watch 5", "the same over a slow line"),
+        ("governor status --json", "for a program"),
+    ),
+    exits=codes(
+        "ARMED or THROTTLED; --watch ended by q",
+        differs="DISARMED, or there is no event at all",
+        exit_130="--watch ended by Ctrl-C, 143 by SIGTERM",
+    ),
+    see=("governor events --follow", "governor check", "governor doctor", "docs/operating.md"),
+)
 @click.option(
     "--watch",
     "-w",
@@ -180,7 +216,14 @@ async def _described_file(settings: Settings, files: tuple[Path, ...]) -> dict[s
     return views.describe(state, views.policy_of(state, settings.policy), state.time) | {"halted": None}
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("governor settings", "the environment's"),
+        ("governor --env-file governor.env settings", "those of a file, before it is installed"),
+    ),
+    exits=codes(redis=False),
+    see=("governor doctor", "docs/settings.md"),
+)
 @json_option
 def settings(*, as_json: bool) -> None:
     """The effective settings, secrets masked."""
@@ -196,7 +239,18 @@ def settings(*, as_json: bool) -> None:
         click.echo(f"warning: {warning}", err=True)
 
 
-@main.command(epilog=CODES)
+@main.command(
+    examples=(
+        ('governor disarm --reason "bad fills"', "now"),
+        ('redis-cli SET quantum:governor:halt "bad fills"', "the same with nothing but redis-cli"),
+    ),
+    exits=codes(
+        "DISARMED, the Apply Layer proven to be in dry run",
+        exit_1="DISARMED, but the Apply Layer could not be forced yet",
+        exit_4="Redis not reachable: file and service were done first, the event follows",
+    ),
+    see=("governor rearm", "governor status", "docs/operating.md"),
+)
 @reason_option
 @json_option
 def disarm(reason: str, *, as_json: bool) -> None:
@@ -225,7 +279,15 @@ def _apply_mode(_context: click.Context, _parameter: click.Parameter, value: str
     return value
 
 
-@main.command(epilog=CODES)
+@main.command(
+    examples=(
+        ('governor rearm --reason "limits checked" --restore', "and the Apply Layer trades again"),
+        ('governor rearm --reason "limits checked" --apply-mode testnet', "in a mode that is named"),
+        ('governor rearm --reason "old server" --accept-history', "ends a quarantine"),
+    ),
+    exits=codes("armed, and put back where that was asked", exit_1="refused, or armed and not put back"),
+    see=("governor disarm", "governor status", "docs/operating.md"),
+)
 @reason_option
 @click.option("--force", is_flag=True, help="Although a disarm is unfinished or the emergency brake is set.")
 @click.option(
@@ -252,11 +314,6 @@ def rearm(
     """Arm again after a disarm: permits are granted from here on.
 
     The Apply Layer's file and service are put back only where you say so. That needs write access to the file.
-
-    \b
-    Examples:
-      sudo governor rearm --reason "limits checked" --restore
-      sudo governor rearm --reason "limits checked" --apply-mode testnet
     """
     if apply_mode is not None and restore is False:
         raise click.UsageError("--apply-mode and --no-restore contradict each other")
@@ -284,7 +341,15 @@ def rearm(
     end_with(work())
 
 
-@main.command(epilog=CODES)
+@main.command(
+    examples=(
+        ("sudo governor doctor", "every part of it"),
+        ("sudo governor doctor --full", "with the whole history verified"),
+        ("sudo governor doctor --drill --restore", "a disarm and a re-arm, timed"),
+    ),
+    exits=codes("nothing failed", exit_1="a check failed"),
+    see=("governor check", "docs/doctor.md", "docs/troubleshooting.md"),
+)
 @click.option("--full", is_flag=True, help="Verify every event, archived ones too, and not only the last 10,000.")
 @click.option("--drill", is_flag=True, help="Disarm and re-arm for real, and time it. Asks first.")
 @click.option("--yes", is_flag=True, help="With --drill: do not ask.")
@@ -298,13 +363,7 @@ def rearm(
 def doctor(*, full: bool, drill: bool, yes: bool, restore: bool | None, as_json: bool) -> None:
     """Look at the running system: each check says what was seen, and what to do.
 
-    Writes and changes nothing, apart from --drill. Exit code 1 when a check failed, 4 when Redis is not reachable. As
-    root it sees most; what it may not see it skips.
-
-    \b
-    Examples:
-      sudo governor doctor
-      sudo governor doctor --drill --restore
+    Writes and changes nothing, apart from --drill. As root it sees most; what it may not see it skips.
     """
     if not drill and (yes or restore is not None):
         raise click.UsageError("--yes and --restore belong to --drill")
@@ -352,5 +411,5 @@ async def _drill(settings: Settings, *, yes: bool, restore: bool | None, as_json
     return int(told["code"])
 
 
-for command in audit.COMMANDS:
+for command in (*listing.COMMANDS, *audit.COMMANDS, *shell.COMMANDS):
     main.add_command(command)

@@ -69,11 +69,10 @@ reason_option = click.option("--reason", required=True, metavar="TEXT", callback
 
 def settings_of(*, logs: bool = False, stopping: bool = False) -> Settings:
     """The effective settings; a wrong one ends the program."""
-    from governor.settings import SettingsError, load, load_for_stop  # noqa: PLC0415
+    from governor.settings import SettingsError  # noqa: PLC0415
 
-    _read_env_file(stopping=stopping)
     try:
-        settings = (load_for_stop if stopping else load)(os.environ)
+        settings = load_settings(stopping=stopping)
     except SettingsError as error:
         fail(str(error), BAD_SETTINGS)
     if logs:
@@ -81,6 +80,18 @@ def settings_of(*, logs: bool = False, stopping: bool = False) -> Settings:
 
         configure(log_format=settings.log_format, level=settings.log_level)
     return settings
+
+
+def load_settings(*, stopping: bool = False) -> Settings:
+    """The effective settings, --env-file with them.
+
+    Raises:
+        SettingsError: one is wrong, or the file cannot be read.
+    """
+    from governor.settings import load, load_for_stop  # noqa: PLC0415
+
+    _read_env_file(stopping=stopping)
+    return (load_for_stop if stopping else load)(os.environ)
 
 
 def _read_env_file(*, stopping: bool) -> None:
@@ -93,19 +104,21 @@ def _read_env_file(*, stopping: bool) -> None:
     if path is None:
         return
     from governor.envfile import effective, variables  # noqa: PLC0415
-    from governor.settings import STOPPING  # noqa: PLC0415
+    from governor.settings import STOPPING, SettingsError  # noqa: PLC0415
 
     data = b""
     try:
         data = path.read_bytes()
         given = variables(data)
-    except PermissionError:
-        fail(f"--env-file {path}: {operator()} may not read it; try sudo, or as a member of its group", BAD_SETTINGS)
+    except PermissionError as error:
+        raise SettingsError(
+            f"--env-file {path}: {operator()} may not read it; try sudo, or as a member of its group"
+        ) from error
     except OSError as error:
-        fail(f"--env-file {path}: expected a readable file: {error.strerror}", BAD_SETTINGS)
+        raise SettingsError(f"--env-file {path}: expected a readable file: {error.strerror}") from error
     except ValueError as error:
         if not stopping:
-            fail(f"--env-file {path}: {error}", BAD_SETTINGS)
+            raise SettingsError(f"--env-file {path}: {error}") from error
         click.echo(f"governor: warning: --env-file {path}: {error}", err=True)
         read = {name: effective(data, name) for name in STOPPING}
         given = {name: value for name, value in read.items() if value is not None and "\0" not in value}

@@ -12,6 +12,9 @@ from governor.telling import clean
 from governor.times import utc
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from events.files import Header
     from events.types import Recorded
     from governor.replay import Replay
 
@@ -22,6 +25,11 @@ def event_fields(recorded: Recorded) -> dict[str, Any]:
 
     data = msgspec.structs.asdict(recorded.event)
     return {"seq": recorded.seq, "timestamp": recorded.at / 1e6, "event": recorded.event.NAME, "data": data}
+
+
+def segment_fields(path: Path, header: Header) -> dict[str, Any]:
+    """An exported or archived file as a JSON object."""
+    return {"file": str(path), "events": header.events, "head": {"seq": header.head.seq, "hash": header.head.hash}}
 
 
 def event_line(recorded: Recorded) -> str:
