@@ -10,6 +10,9 @@ readonly BASE=/opt/quantum/governor
 readonly RELEASES=$BASE/releases
 readonly CURRENT=$BASE/current
 readonly COMMAND=/usr/local/bin/governor
+readonly SHARE=/usr/local/share
+readonly MAN_PAGE=$SHARE/man/man1/governor.1
+readonly COMPLETION=$SHARE/bash-completion/completions/governor
 readonly ETC=/etc/quantum
 readonly SETTINGS=$ETC/governor.env
 readonly CREDENTIALS=$ETC/governor.credentials
@@ -399,6 +402,28 @@ check_apply_layer() {
     fi
 }
 
+# -- for people -------------------------------------------------------------------------------------------------------
+
+# for_people DEPLOY_DIRECTORY: the command, its man page and its completion; an earlier release may have only the first.
+for_people() {
+    put "command for people" 755 root root "$COMMAND" <"$1/bin/governor"
+    beside "man page" "$1/man/governor.1" "$MAN_PAGE"
+    beside "completion for bash" "$1/completions/governor.bash" "$COMPLETION"
+}
+
+# beside WHAT FROM PATH: there as it is in the release, or not at all.
+beside() {
+    local above
+    if [[ -f $2 ]]; then
+        above=$(dirname "$3")
+        directory 755 root root "$(dirname "$above")"
+        directory 755 root root "$above"
+        put "$1" 644 root root "$3" <"$2"
+    elif [[ -e $3 ]]; then
+        change "$1: $3 removed" rm -f "$3"
+    fi
+}
+
 # -- units ------------------------------------------------------------------------------------------------------------
 
 # drop_in UNIT NAME COMMAND: what the command says becomes the drop-in; none is left where that is nothing.
@@ -583,7 +608,7 @@ do_install() {
     read_settings "$RELEASES/$release"
     check_apply_layer
     switch_release
-    put "command for people" 755 root root "$COMMAND" <"$here/deploy/bin/governor"
+    for_people "$here/deploy"
     install_units "$here/deploy"
     enable_units
     start_services
@@ -606,7 +631,7 @@ do_rollback() {
     release=${before#releases/}
     read_settings "$BASE/$before"
     change "active release: $release" switch_to "$release"
-    put "command for people" 755 root root "$COMMAND" <"$BASE/$before/deploy/bin/governor"
+    for_people "$BASE/$before/deploy"
     install_units "$BASE/$before/deploy"
     start_services
     say "rolled back to $release; installing the tree of the other one again would return to it"
@@ -667,6 +692,11 @@ do_uninstall() {
     fi
     if [[ -f $COMMAND ]] && grep -qF "$CURRENT" "$COMMAND"; then
         remove "$COMMAND"
+        remove "$MAN_PAGE"
+        remove "$COMPLETION"
+        remove_empty "$(dirname "$MAN_PAGE")"
+        remove_empty "$(dirname "$COMPLETION")"
+        remove_empty "$SHARE/bash-completion"
     fi
     remove "$BASE"
     remove_empty /opt/quantum

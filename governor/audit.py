@@ -70,6 +70,12 @@ def explain(plan_id: str, *, files: tuple[Path, ...], as_json: bool) -> None:
     end_with(work())
 
 
+def _overridable(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    from governor.whatif import OVERRIDABLE  # noqa: PLC0415
+
+    return [f"{name}=" for name in OVERRIDABLE if name.startswith(incomplete)]
+
+
 @click.command(
     cls=Command,
     examples=(
@@ -88,7 +94,12 @@ def explain(plan_id: str, *, files: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--anchor", is_flag=True, help="Print only the head, SEQ:HASH, for keeping elsewhere.")
 @click.option("--all", "show_all", is_flag=True, help="List every difference, not only the first.")
 @click.option(
-    "--what-if", "changes", multiple=True, metavar="NAME=VALUE", help="Decide under another setting (repeatable)."
+    "--what-if",
+    "changes",
+    multiple=True,
+    metavar="NAME=VALUE",
+    shell_complete=_overridable,
+    help="Decide under another setting (repeatable).",
 )
 @click.option(
     "--limits",

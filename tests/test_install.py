@@ -31,7 +31,7 @@ PYTHON = "/usr/bin/python3"
 SOURCES = ("governor", "events", "projections", "deploy", "pyproject.toml", "README.md", "LICENSE")
 KEY, SECRET = "k" * 60 + "0001", "s" * 60 + "0002"
 TESTNET = f"export NOT=taken\n  BINANCE_TESTNET_API_KEY = '{KEY}'\nBINANCE_TESTNET_API_SECRET={SECRET}\nOTHER=x\n"
-MOUNTED = ("etc", "opt", "run", "var/lib", "usr/local/bin", "home")
+MOUNTED = ("etc", "opt", "run", "var/lib", "usr/local/bin", "usr/local/share", "home")
 UNITS = (
     "quantum-governor.service",
     "quantum-governor-disarm.socket",
@@ -111,6 +111,7 @@ class Host:
             self.path(f"/etc/systemd/system/{unit}").unlink(missing_ok=True)
         self.path("/run/systemd/system").mkdir(parents=True)
         self.path("/run/lock").mkdir()
+        self.path("/usr/local/share/man").mkdir()  # as Debian has it
         self.checkout.mkdir()
         for name in SOURCES:
             if (source / name).is_dir():
@@ -314,6 +315,8 @@ def running(tmp_path: Path, started: Host) -> Iterator[Host]:
         ("/opt/quantum/governor/releases", "755 root:root"),
         ("/opt/quantum/governor/current/libexec/quantum-governor-disarm", "755 root:root"),
         ("/usr/local/bin/governor", "755 root:root"),
+        ("/usr/local/share/man/man1/governor.1", "644 root:root"),
+        ("/usr/local/share/bash-completion/completions/governor", "644 root:root"),
         ("/etc/quantum/governor.env", "640 root:quantum"),
         ("/etc/quantum/governor.credentials", "700 root:root"),
         ("/etc/quantum/governor.credentials/BINANCE_TESTNET_API_KEY", "600 root:root"),
@@ -387,6 +390,19 @@ def test_the_command_has_the_settings_and_the_secrets_of_the_service(installed: 
     assert "GOV_REQUIRE_DURABLE=true" in said
     assert "BINANCE_TESTNET_API_SECRET=(set)" in said
     assert "GOV_REQUIRE_DURABLE=false" in installed.run("governor", "settings", GOV_REQUIRE_DURABLE="false")
+
+
+def test_bash_completes_the_command_for_everybody_and_man_finds_its_page(installed: Host) -> None:
+    script = """
+        source /usr/local/share/bash-completion/completions/governor
+        COMP_WORDS=(governor events --name DISARM_S) COMP_CWORD=3
+        _governor_completion governor
+        echo "${COMPREPLY[@]}"
+    """
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--")
+    assert installed.run(*nobody, "bash", "-c", script).strip() == "DISARM_STARTED"
+    if shutil.which("man") is not None:
+        assert installed.run("man", "-M", "/usr/local/share/man", "-w", "governor").strip().endswith("man1/governor.1")
 
 
 def test_the_command_says_who_may_use_it(installed: Host) -> None:
