@@ -38,7 +38,7 @@ def event_line(recorded: Recorded) -> str:
 
     data = event_fields(recorded)["data"]
     shown = [
-        f"{name}={data[name]}"
+        f"{name}={clean(str(data[name]))}"
         for name in (
             "plan_id", "symbol", "action", "verdict", "reason", "computed_qty", "computed_notional", "source", "permit",
             "kind", "detail", "operator", "epoch", "action_taken", "step", "error", "count",
@@ -46,7 +46,7 @@ def event_line(recorded: Recorded) -> str:
         if data.get(name) is not None
     ]  # fmt: skip
     if "apply_mode" in data and "verdict" not in data:  # every decision has it as well
-        shown.append(f"apply_mode={clean(data['apply_mode'])}")
+        shown.append(f"apply_mode={clean(str(data['apply_mode']))}")
     name = click.style(f"{recorded.event.NAME:<22}", fg=colour_of(recorded.event))
     return f"{recorded.seq:>8}  {utc(recorded.at / 1e6)}  {name} {' '.join(shown)}"
 
@@ -54,17 +54,18 @@ def event_line(recorded: Recorded) -> str:
 def print_status(told: dict[str, Any]) -> None:
     """What `describe` tells."""
     colour = {"ARMED": "green", "THROTTLED": "yellow"}.get(told["state"], "red")
-    reason = f"  ({told['reason']})" if told["reason"] else ""
+    reason = f"  ({clean(told['reason'])})" if told["reason"] else ""
     click.echo(f"{click.style(told['state'], fg=colour, bold=True)}{reason}  since {utc(told['since'])}"
                f"  epoch {told['epoch']}  event {told['seq']}")  # fmt: skip
     if told["halted"] is not None:
-        click.secho(f"emergency brake: {told['halted']}", fg="red")
+        click.secho(f"emergency brake: {clean(told['halted'])}", fg="red")
     if told["throttle"]:
         causes = ", ".join(f"{cause['reason']} ({cause['symbol'] or 'all'})" for cause in told["throttle"]["causes"])
         click.echo(f"throttled until {utc(told['throttle']['until'])}: {causes}")
     if told["disarm"] and not told["disarm"]["done"]:
         click.secho(
-            f"DISARM UNFINISHED after {told['disarm']['attempts']} attempts: {told['disarm']['error']}", fg="red"
+            f"DISARM UNFINISHED after {told['disarm']['attempts']} attempts: {clean(str(told['disarm']['error']))}",
+            fg="red",
         )
     if told["drift"] is not None:
         click.secho(f"DRIFT: the Apply Layer's file says APPLY_MODE={clean(told['drift'])}, set by hand", fg="red")

@@ -295,7 +295,8 @@ def _next(values: dict[str, Any], told: dict[str, Any]) -> Text:
     wait = values["next_allowed"] - told["time"]
     if wait <= 0:
         return Text("once re-armed", style="red") if told["state"] == "DISARMED" else Text("now", style="green")
-    found = Text(f"in {_whole(max(1.0, wait))}", style="yellow")
+    minutes = -(-wait // 60)
+    found = Text(f"in {span(minutes * 60) if minutes > 1 else _whole(max(1.0, wait))}", style="yellow")
     return found.append("  throttled" if values["throttled"] else "", "yellow")
 
 
@@ -349,11 +350,12 @@ def _one(problem: str | None) -> str:
 
 
 def _ago(around: Around, at: int) -> str:
-    return _whole((around.now - at) / 1e6)
+    seconds = (around.now - at) / 1e6
+    return _whole(seconds if seconds < 120 else seconds // 60 * 60)
 
 
 def _whole(seconds: float) -> str:
-    """A duration in whole seconds: what changes faster nobody reads."""
+    """A duration in whole seconds: what changes faster nobody reads, and every change is sent over the line."""
     whole = max(0, round(seconds))
     return f"{whole} s" if whole < 60 else span(whole)
 

@@ -94,6 +94,7 @@ class Source:
         found = await last_disarm.find(ledger.store, seq) if ledger.state.counts.disarms else None
         self._view.begin(found, [decode(entry) for entry in before if entry.seq <= seq])
         self.state, self.heard_at = ledger.state, now()
+        self._changed()
         return ledger
 
     async def _turn(self, ledger: Ledger) -> None:

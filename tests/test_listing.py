@@ -15,8 +15,8 @@ import pytest
 from events import chain
 from events.codec import encode_all
 from events.store import Commit, EventStore, MemoryStore, UnavailableError
-from events.types import Entry, Head, PermitExpired
-from governor import following
+from events.types import Entry, Execution, Head, PermitExpired, Recorded
+from governor import following, printing
 from governor.following import follow
 from tests.conftest import NewServer
 from tests.daemon import Daemon, daemon, publish, wait_for
@@ -131,6 +131,16 @@ def test_colours_are_for_terminals_that_want_them(told: Daemon) -> None:
             assert shown.ends() == 0
             assert (b"\x1b[33m" in shown.written) is coloured
             assert b"THROTTLED" in shown.written
+
+
+def test_what_others_wrote_cannot_steer_the_terminal() -> None:
+    error = "no\x1b[2Jthing\nREARMED"
+    event = Execution(
+        plan_id="p1", symbol="X", decision="EXECUTE", executed=False, entry_id="1-0", permit="none", error=error
+    )
+    line = printing.event_line(Recorded(1, 1_000_000, event, ""))
+    assert "no\\u001b[2Jthing\\u000aREARMED" in line
+    assert "\n" not in line
 
 
 # -- following ---------------------------------------------------------------------------------------------------------
