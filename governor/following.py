@@ -54,7 +54,7 @@ async def follow(
             tell(f"event {entries[0].seq} does not continue event {head.seq}: what differs is shown from the beginning")
             head = chain.GENESIS
             continue
-        head = Head(entries[-1].seq, entries[-1].hash)
+        head = entries[-1].head
         if fresh := [entry for entry in entries if seen.take(entry)]:
             yield fresh
 

@@ -144,7 +144,7 @@ def events(
 
     async def work() -> int:
         async with history(settings, files) as store:
-            found, head = await _past(store, choice, since_us, most)
+            found, head = await _past(store, choice, since_us, most, quick=not files)
             if as_json and not follow:
                 print_json([printing.event_fields(recorded) for recorded in found])
                 return DONE
@@ -180,14 +180,17 @@ class _Choice(NamedTuple):
 
 
 async def _past(
-    store: EventStore | FileStore, choice: _Choice, since_us: int | None, most: int
+    store: EventStore | FileStore, choice: _Choice, since_us: int | None, most: int, *, quick: bool
 ) -> tuple[list[Recorded], Head]:
-    """The last `most` events that were asked for (0: all of them), and where the history ends."""
+    """The last `most` events that were asked for (0: all of them), and where the history ends.
+
+    `quick` where the store is as quick in one place as in another; a file is read from its beginning each time.
+    """
     from events.codec import decode  # noqa: PLC0415
 
     head = await store.head()
     seq = max(0, head.seq - most) if most and not any(choice) else 0
-    if since_us is not None:
+    if quick and since_us is not None:
         seq = max(seq, await _before(store, since_us, head.seq))
     found: list[Recorded] = []
     while seq < head.seq and (entries := await store.read(seq, limit=PAGE)):

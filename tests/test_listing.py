@@ -171,16 +171,15 @@ def test_following_survives_a_restart_of_the_server_without_a_gap_or_a_double(
     server = new_server("redis7", appendonly=keeps, appendfsync="always")
     with daemon(tmp_path, port=server.port, environ=SETTINGS) as one, followed(one) as (out, err):
         with server.client() as client:
-            publish(client, "before", "BTCUSDT")
-        wait_for(lambda: "before" in out.read_text())
+            publish(client, "first-plan", "BTCUSDT")
+        wait_for(lambda: "first-plan" in out.read_text())
         server.kill()
         wait_for(lambda: "waiting for it" in err.read_text())
         server.start()
         wait_for(lambda: one.json("status")["counts"]["plans"] == 1, within_s=20)
         with server.client() as client:
-            wait_for(lambda: client.exists("quantum:stream:apply.plan") or publish(client, "again", "BTCUSDT"))
-            publish(client, "after", "ETHUSDT")
-        wait_for(lambda: "after" in out.read_text(), within_s=20)
+            publish(client, "last-plan", "ETHUSDT")
+        wait_for(lambda: "last-plan" in out.read_text(), within_s=20)
         found = seqs(out)
         assert found == list(range(1, len(found) + 1))
         assert "Redis answers again" in err.read_text()
@@ -300,3 +299,13 @@ def test_ctrl_c_ends_following(told: Daemon) -> None:
         shown.shows("PLAN_REJECTED")
         shown.press("\x03")
         assert shown.ends() == 130
+
+
+def test_since_works_on_exported_files_too(told: Daemon, tmp_path: Path) -> None:
+    path = str(tmp_path / "all.jsonl.zst")
+    told.json("events", "--export", path)
+    everything = told.json("events", "-n", "0")
+    third = everything[2]["timestamp"]
+    expected = [event["seq"] for event in everything if event["timestamp"] >= third]
+    found = told.json("events", "--since", f"{third:.6f}", "--from", path)
+    assert [event["seq"] for event in found] == expected

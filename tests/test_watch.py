@@ -78,19 +78,17 @@ def watched(one: Daemon, *words: str, columns: int = 80, rows: int = 24, **envir
 # -- what it shows ---------------------------------------------------------------------------------------------------
 
 
-def test_a_disarm_is_on_the_screen_within_a_second_with_its_reason_and_its_proof(
-    tmp_path: Path, new_server: NewServer
-) -> None:
+def test_a_disarm_is_on_the_screen_at_once_and_not_with_the_next_picture(tmp_path: Path, new_server: NewServer) -> None:
     server = new_server("valkey")
-    with governor(tmp_path, server) as one, server.client() as client, watched(one, "5", rows=30) as shown:
+    with governor(tmp_path, server) as one, server.client() as client, watched(one, "600", rows=30) as shown:
         shown.shows("● ARMED", "last disarm none", "daemon ready, active", "errors", "0/5")
         for number in range(3):
             publish(client, f"p{number}", "BTCUSDT")
-        shown.shows("■ DISARMED  burst_limit_breach  symbol=BTCUSDT exec_5min=3 limit=2", within_s=1)
-        shown.shows("proven", "later: burst_limit_breach", "2/5", "2/2", "in 5 min", within_s=2)
+        shown.shows("■ DISARMED  burst_limit_breach  symbol=BTCUSDT exec_5min=3 limit=2")
+        shown.shows("proven", "later: burst_limit_breach", "2/5", "2/2", "in 5 min")
         shown.shows("BLOCK           p2           BTCUSDT   burst_limit_exceeded", "PERMIT_REVOKED  p0 BTCUSDT")
         assert one.command("rearm", "--reason", "looked at it", "--no-restore").returncode == 0
-        shown.shows("● ARMED  looked at it", "epoch 3", "later, re-armed", within_s=1)
+        shown.shows("● ARMED  looked at it", "epoch 3", "later, re-armed")
 
 
 def test_permits_have_their_seconds_and_the_brake_and_a_brake_nobody_turns_into_a_disarm_is_told(
@@ -99,7 +97,9 @@ def test_permits_have_their_seconds_and_the_brake_and_a_brake_nobody_turns_into_
     server = new_server("valkey")
     with governor(tmp_path, server) as one, server.client() as client, watched(one) as shown:
         publish(client, "p1", "ETHUSDT")
-        shown.shows("1 outstanding permits", "59 s  p1           ETHUSDT   0.001")
+        shown.shows("1 outstanding permits")
+        wait_for(lambda: shown.read() or re.search(r"5\d s  p1           ETHUSDT   0\.001", shown.text))
+        wait_for(lambda: shown.read() or re.search(r"5[0-7] s  p1 ", shown.text), what="its seconds going down")
         one.kill()
         client.set("quantum:governor:halt", "look at this\x1b[31m")
         shown.shows("EMERGENCY BRAKE: look at this\\u001b[31m", "DAEMON DOES NOT ANSWER")

@@ -160,9 +160,9 @@ class _Demo:
         name = recorded.event.NAME
         self.seen[name] = self.seen.get(name, 0) + 1
         self.view.note(recorded)
-        if name == "DISARM_STARTED" and self.svg:
-            # A picture of the moment that matters, a second after the disarm.
-            asyncio.get_running_loop().call_later(1.5 / self.speed, self._keep_picture)
+        if name == "AUTO_DISARM" and self.svg:
+            # A picture of the moment that matters, right after the disarm was proven.
+            asyncio.get_running_loop().call_later(0.5 / self.speed, self._keep_picture)
         event = recorded.event
         if isinstance(event, Decision) and event.reason is not None:
             self.reasons[event.reason] = self.reasons.get(event.reason, 0) + 1
