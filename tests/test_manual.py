@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,7 +71,12 @@ def test_an_example_is_never_broken_in_two() -> None:
 
 def roff(text: str) -> str:
     """Text as troff prints it: nothing in it is a request or an escape."""
-    escaped = text.replace("\\", r"\e").replace("-", r"\-").replace("…", r"\&...")
+    escaped = (
+        textwrap.fill(text, 72, break_on_hyphens=False, break_long_words=False)
+        .replace("\\", r"\e")
+        .replace("-", r"\-")
+        .replace("…", r"\&...")
+    )
     return "\n".join(rf"\&{line}" if line.startswith((".", "'")) else line for line in escaped.splitlines())
 
 
@@ -84,7 +90,7 @@ def options(command: click.Command) -> list[str]:
     for param in command.params:
         record = param.get_help_record(context)
         if record is not None:
-            lines += [".TP", rf"\fB{roff(record[0])}\fR", roff(" ".join(record[1].split()))]
+            lines += [".TP", rf"\fB{roff(record[0])}\fR".replace("\n", " "), roff(" ".join(record[1].split()))]
     return lines
 
 
@@ -93,11 +99,11 @@ def below(command: click.Command) -> list[str]:
     assert isinstance(command, Command | Group)
     lines = [".PP", "Examples:"]
     for typed, purpose in command.examples:
-        lines += [".RS 4", ".EX", roff(typed), ".EE", ".RS 4", roff(purpose), ".RE", ".RE"]
+        lines += [".RS 4", ".EX", roff(typed).replace("\n", " "), ".EE", ".RS 4", roff(purpose), ".RE", ".RE"]
     lines += [".PP", "Exit codes:", ".RS 4", ".PD 0"]
     for code, meaning in command.exits.items():
         lines += [".TP 5", str(code), roff(meaning)]
-    return [*lines, ".PD", ".RE", ".PP", f"See also: {roff(', '.join(command.see))}."]
+    return [*lines, ".PD", ".RE", ".PP", roff(f"See also: {', '.join(command.see)}.")]
 
 
 def arguments(command: click.Command) -> str:
@@ -121,7 +127,7 @@ def man_page() -> str:
         ".SH COMMANDS",
     ]
     for name, command in commands():
-        lines += [f".SS governor {roff(f'{name} {arguments(command)}')}"]
+        lines += [f".SS governor {roff(f'{name} {arguments(command)}')}".replace("\n", " ")]
         lines += ["\n.PP\n".join(paragraphs(command.help)), *options(command), *below(command)]
     lines += [".SH ENVIRONMENT", "All of them are explained in docs/settings.md."]
     for row in TABLE:
