@@ -122,11 +122,12 @@ async def examine(
         timeout_s: how long it may take; what is not known then is UNKNOWN.
     """
     result = Result()
+    client = readiness.session(ANSWER_S) if daemon and settings.metrics_port else None
     try:
         async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
             group.create_task(_look_at_events(settings, thresholds, result, limits=limits))
-            if daemon and settings.metrics_port:
-                group.create_task(_look_at_daemon(settings, result))
+            if client is not None:
+                group.create_task(_look_at_daemon(settings, client, result))
     except TimeoutError:
         result.found(UNKNOWN, f"no answer within {timeout_s:g} s")
     return result
@@ -206,9 +207,9 @@ def _limits(told: dict[str, Any], thresholds: Thresholds, result: Result, *, eve
             result.found(severity, f"{name.replace('_', ' ')} {_plain(used)} of {_plain(Decimal(limit))}")
 
 
-async def _look_at_daemon(settings: Settings, result: Result) -> None:
+async def _look_at_daemon(settings: Settings, client: Any, result: Result) -> None:
     base = readiness.base_url(settings)
-    async with readiness.session(ANSWER_S) as client:
+    async with client:
         result.daemon = told = await readiness.ask(client, base)
         for problem in told.problems:
             result.found(CRITICAL, f"daemon not ready: {problem}" if told.answers else f"daemon down: {problem}")

@@ -120,7 +120,7 @@ class Source:
         if self._settings.metrics_port == 0:
             return  # it took a free one, nobody knows which
         base = readiness.base_url(self._settings)
-        async with readiness.session(ASK_S) as client:
+        async with await asyncio.to_thread(readiness.session, ASK_S) as client:
             while True:
                 was, self.daemon = self.daemon, await readiness.ask(client, base)
                 if was is None or was.ready != self.daemon.ready:
