@@ -217,7 +217,6 @@ async def _what_if(
 
     from events.chain import GENESIS, ChainError, verify  # noqa: PLC0415
     from events.codec import decode  # noqa: PLC0415
-    from events.types import Head  # noqa: PLC0415
     from governor.plot import plot  # noqa: PLC0415
     from governor.whatif import WhatIf, lines  # noqa: PLC0415
     from projections.state import digest  # noqa: PLC0415
@@ -235,7 +234,7 @@ async def _what_if(
                     if done:
                         break
                     wanted.append(recorded)
-                    head = Head(entry.seq, entry.hash)
+                    head = entry.head
                 what_if.feed(wanted)
                 if done:
                     break
@@ -281,8 +280,10 @@ async def _audit(
     elif anchor and found.clean:
         click.echo(f"{found.head.seq}:{found.head.hash}")
     else:
-        if then is not None:
+        if then is not None and state is not None and state.seq:
             printing.print_status(then | {"halted": None})
+        elif then is not None:
+            click.echo("there was no event yet")
         printing.print_replay(found, show_all=show_all, err=anchor)
     return DONE if found.clean else DIFFERS
 

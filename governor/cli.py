@@ -202,17 +202,11 @@ async def _described(settings: Settings) -> dict[str, Any]:
 
 
 async def _described_file(settings: Settings, files: tuple[Path, ...]) -> dict[str, Any]:
-    from events import chain  # noqa: PLC0415
-    from events.codec import decode  # noqa: PLC0415
-    from events.types import Head  # noqa: PLC0415
     from governor import status as views  # noqa: PLC0415
-    from projections.state import fold, initial  # noqa: PLC0415
+    from governor.rebuild import fold_all  # noqa: PLC0415
 
-    state = initial()
     async with history(settings, files) as store:
-        async for entries in pages(store, label="reading"):
-            verified = chain.verify(entries, after=Head(state.seq, state.hash), key=settings.chain_key)
-            fold(map(decode, verified), state)
+        state, _ = await fold_all(pages(store, label="reading"), key=settings.chain_key)
     return views.describe(state, views.policy_of(state, settings.policy), state.time) | {"halted": None}
 
 

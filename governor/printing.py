@@ -77,8 +77,7 @@ def print_status(told: dict[str, Any]) -> None:
             row.format(
                 symbol,
                 *(_of(values[name]) for name in ("exec_1h", "exec_5min", "daily_notional", "daily_qty")),
-                "now" if values["next_allowed"] is not None and values["next_allowed"] <= told["time"]
-                else "never" if values["next_allowed"] is None else utc(values["next_allowed"]),
+                _next(values["next_allowed"], told),
             )
         )  # fmt: skip
     click.echo(f"all symbols today: {_of(told['total_daily_notional'])} USD    errors: {_of(told['errors'])}    "
@@ -103,6 +102,14 @@ def print_replay(found: Replay, *, show_all: bool, err: bool = False) -> None:
         tell(f"    computed  {difference.computed}")
     tell(f"digest        {found.digest}  state {found.state}")
     tell(f"head          {found.head.seq}:{found.head.hash}")
+
+
+def _next(at: float | None, told: dict[str, Any]) -> str:
+    if at is None:
+        return "never"
+    if at > told["time"]:
+        return utc(at)
+    return "once re-armed" if told["state"] == "DISARMED" else "now"
 
 
 def _of(pair: dict[str, Any]) -> str:

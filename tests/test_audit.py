@@ -151,6 +151,14 @@ def test_a_chain_written_again_without_the_key_is_found(here: Daemon, client: re
     assert json.loads(done.stdout)["chain"]["broken_at"] == 1
 
 
+def test_the_state_before_the_first_event_is_none_and_not_armed(offline: Daemon, tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    write(path, MADE())
+    done = offline.command("replay", "--at-seq", "0", "--from", str(path))
+    assert done.returncode == 0
+    assert done.stdout.startswith("there was no event yet\n")
+
+
 # -- under other settings ------------------------------------------------------------------------------------------
 
 

@@ -183,6 +183,17 @@ def test_the_status_tells_it_in_red(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("DRIFT: the Apply Layer's file says APPLY_MODE=li\\u001bve, set by hand" in out) == (seen is not None)
 
 
+def test_nothing_is_allowed_now_in_a_status_that_is_disarmed(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(spec: Spec) -> str:
+        printing.print_status(status.describe(spec.state, TESTNET, spec.state.time + 7_200_000_000) | {"halted": None})
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("BTCUSDT"))
+
+    permitted = Spec()
+    permitted.plan("p1")
+    assert row(permitted).endswith("now")
+    assert row(permitted.given(STARTED)).endswith("once re-armed")
+
+
 @pytest.mark.parametrize(
     ("event", "says"),
     [
