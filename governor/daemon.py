@@ -21,6 +21,7 @@ from events.journal import Journal
 from events.keys import Keys
 from events.store import UnavailableError
 from governor import access, logs
+from governor.alerts.watch import Alerts
 from governor.binance import Binance
 from governor.connection import Door, client, ledger_on, now, place, refuse_plain_prefix, watch
 from governor.durability import Server, durability, identity, refusal
@@ -102,7 +103,8 @@ async def serve(settings: Settings) -> None:
         version=VERSION,
     )
     ban = own / "exchange-ban"
-    exchange = _exchange(settings, metrics, blocked_until_us=_ban(ban)) if settings.credentials else None
+    alerts = Alerts(settings, lambda result: metrics.alerts.labels(result).inc(), clock=now)
+    exchange = _exchange(settings, metrics, alerts, blocked_until_us=_ban(ban)) if settings.credentials else None
     notifier = Notifier()
     governor = Governor(
         settings,
@@ -117,6 +119,8 @@ async def serve(settings: Settings) -> None:
         metrics=metrics,
         lease=lease,
         remember_ban=partial(_keep_ban, ban),
+        tell=alerts.event,
+        alerts_waiting=lambda: alerts.waiting,
     )
     http = _listen(settings, loop, metrics, governor)
     stop = asyncio.Event()
@@ -134,7 +138,8 @@ async def serve(settings: Settings) -> None:
     try:
         await _refuse_place(commits, settings)
         accept = partial(_accept_server, commits, settings)
-        watching = [loop.create_task(watch(each)) for each in (commits, reads, leases) if each is not None]
+        watches = [alerts.watch(governor), *(watch(each) for each in (commits, reads, leases) if each is not None)]
+        watching = [loop.create_task(each) for each in watches]
         running = loop.create_task(governor.run(ready=lambda: _ready(notifier), accept=accept))
         stopping = loop.create_task(stop.wait())
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -154,13 +159,19 @@ async def serve(settings: Settings) -> None:
         http.close()
         if exchange is not None:
             await exchange.aclose()
-        if lease is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RELEASE_S):
-                    await lease.release()
+        await _release(lease)
         for connection in (commits, reads, leases):
             if connection is not None:
                 await connection.aclose()
+        alerts.close()  # last: whoever takes over does not wait for it
+
+
+async def _release(lease: Lease | None) -> None:
+    if lease is None:
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RELEASE_S):
+            await lease.release()
 
 
 def _ban(path: Path) -> int:
@@ -177,8 +188,9 @@ def _keep_ban(path: Path, until_us: int) -> None:
         path.write_text(str(until_us))
 
 
-def _exchange(settings: Settings, metrics: Metrics, *, blocked_until_us: int) -> Binance:
+def _exchange(settings: Settings, metrics: Metrics, alerts: Alerts, *, blocked_until_us: int) -> Binance:
     def called(endpoint: str, seconds: float, outcome: str) -> None:
+        alerts.called(endpoint, outcome)
         metrics.exchange_seconds.labels(endpoint).observe(seconds)
         if outcome != "ok":
             metrics.exchange_error.labels(outcome).inc()

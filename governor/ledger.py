@@ -49,6 +49,8 @@ MAX_EVENTS = 512
 GRANT_US = 2_000_000
 """A permit reaches the server within this time of its decision, or it is decided again."""
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+UNKNOWN = "not connected yet"
+"""What a ledger has for a problem before its first contact."""
 
 
 class HistoryError(StoreError):
@@ -173,7 +175,7 @@ class Ledger:
         """What went wrong when an event was last told to the outside."""
         self.halted = False
         """The emergency brake, as last seen."""
-        self.problem: str | None = "not connected yet"
+        self.problem: str | None = UNKNOWN
         """Why nothing can be committed; None when the last contact went well."""
         self.checkpoint_seq = 0
         """The event of the checkpoint it was opened from, or wrote; 0 without one."""

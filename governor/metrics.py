@@ -33,6 +33,8 @@ DISARM_REASONS = ("burst_limit_breach", "repeated_errors", "unpermitted_executio
 ERROR_KINDS = (
     "malformed_plan", "plan_lost", "evaluation_error", "expired_permit_executed", "excess_quantity", "execution_error",
 )  # fmt: skip
+ALERT_RESULTS = ("sent", "failed", "dropped")
+"""Taken by the target; not taken, and tried again; given up."""
 ENDPOINTS = ("position", "mark", "mark_all", "time", "ping")
 DECISION_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 30)
 EXCHANGE_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -82,6 +84,7 @@ class Snapshot(NamedTuple):
     disarmed: str | None = None
     """Why it is disarmed, as `disarm_label` has it; None while it is not."""
     errors_limit: int | None = None
+    alerts_waiting: int = 0
 
 
 def snapshot_symbols(state: State, policy: Policy, now: int, most: int) -> tuple[tuple[SymbolRow, ...], int]:
@@ -152,6 +155,10 @@ class Metrics(Collector):
             registry=registry,
             buckets=EXCHANGE_BUCKETS,
         )
+        self.alerts = Counter(
+            "quantum_govern_alerts", "Attempts to send an alert to a target, by how they ended.", ["result"],
+            registry=registry,
+        )  # fmt: skip
         info = Gauge("quantum_govern_build_info", "Version of the program.", ["version"], registry=registry)
         info.labels(version).set(1)
         Gauge(
@@ -168,6 +175,8 @@ class Metrics(Collector):
             self.exchange_seconds.labels(endpoint)
         for reason in ("not_execute", "duplicate_plan", "evaluation_error"):
             self.skip.labels(reason)
+        for result in ALERT_RESULTS:
+            self.alerts.labels(result)
         registry.register(self)
 
     def symbol(self, symbol: str | None) -> str:
@@ -246,6 +255,7 @@ class Metrics(Collector):
             ("quarantined", "1 while the stream's history contradicts the journal's.", snapshot.quarantined),
             ("hold_seconds", "How long permits are still held back after history was lost.", snapshot.hold_seconds),
             ("journal_up", "1 while the journal can be written.", snapshot.journal_up),
+            ("alerts_waiting", "Alerts that have not reached their target yet.", snapshot.alerts_waiting),
             ("ready", "1 while plans are being decided, as /readyz has it.", snapshot.ready),
         ):
             yield GaugeMetricFamily(f"quantum_govern_{name}", text, value=float(value))

@@ -108,8 +108,12 @@ class Governor:
         metrics: Metrics | None = None,
         lease: Lease | None = None,
         remember_ban: Callable[[int], None] = lambda _until_us: None,
+        tell: Callable[[Recorded, State], None] = lambda _recorded, _state: None,
+        alerts_waiting: Callable[[], int] = lambda: 0,
     ) -> None:
         self.settings = settings
+        self._tell = tell
+        self._alerts_waiting = alerts_waiting
         self._remember_ban = remember_ban
         self._ban_us = 0
         """The end of the exchange's last ban that was remembered."""
@@ -674,6 +678,7 @@ class Governor:
             self._begin_disarm()
         if not self.active:
             return  # whoever is tells it
+        self._tell(recorded, state)
         if self.metrics is not None:
             self.metrics.observe(recorded, self.clock())
         event = recorded.event
@@ -792,6 +797,7 @@ class Governor:
             ready=self.ready()[0],
             disarmed=None if disarm is None else disarm_label(disarm.reason, manual=disarm.manual),
             errors_limit=self.policy.disarm_on_errors,
+            alerts_waiting=self._alerts_waiting(),
         )
 
 

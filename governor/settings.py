@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from re import compile as regex
@@ -22,6 +22,8 @@ from governor.hosts import TESTNET, check_base_url
 from governor.policy import Policy
 
 _unit = regex(r"[A-Za-z0-9@_.:\\][A-Za-z0-9@_.:\\-]{0,254}").fullmatch
+_alert_url = regex(r"[A-Za-z][A-Za-z0-9+.-]*://\S+").fullmatch
+_web = regex(r"https?://[^\s/]\S*").fullmatch
 _host = regex(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]").fullmatch
 _symbol = regex(r"[A-Z0-9_]{1,32}").fullmatch
 
@@ -78,6 +80,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str
     log_level: str
     symbol_labels: int
+    alert_urls: tuple[str, ...]
+    """Where alerts are sent, as apprise writes it; none: nowhere."""
+    alert_link: str
+    alert_after_s: float
+    """How long something has to be lost, or back, before that is told."""
     state_dir: Path
     """Where this program keeps files."""
     journal_dir: Path
@@ -198,6 +205,25 @@ def _credential(value: str) -> str:
     return value
 
 
+def _alert_urls(value: str) -> tuple[str, ...]:
+    urls = tuple(value.split())
+    if (value and not urls) or not value.isascii() or not all(map(_alert_url, urls)):
+        raise ValueError("URLs as apprise writes them, such as ntfy://ntfy.sh/topic, with spaces or lines between them")
+    return urls
+
+
+def _link(value: str) -> str:
+    if value and not _web(value):
+        raise ValueError("an address that begins with http:// or https://, or empty")
+    return value
+
+
+def _after_s(value: str) -> float:
+    micros = policy.seconds("0", "3600")(value)
+    assert micros is not None
+    return micros / 1_000_000
+
+
 def _path(value: str) -> Path:
     if not value.startswith("/"):
         raise ValueError("an absolute path")
@@ -285,6 +311,12 @@ TABLE: tuple[Row, ...] = (
     Row("METRICS_PORT", "8044", "Their port; 0 takes a free one.", "metrics_port", _own_port),
     Row("GOV_METRICS_MAX_SYMBOLS", "200", "Symbols with metrics of their own; the rest is `other`.", "symbol_labels",
         _labels),
+    Row("GOV_ALERT_URLS", "", "Where the daemon sends alerts: apprise URLs, with spaces or lines between them "
+        "(docs/alerting.md). Empty: nowhere.", "alert_urls", _alert_urls, secret=True),
+    Row("GOV_ALERT_LINK", "", "Address that every alert ends with: your dashboard, or what to do at night.",
+        "alert_link", _link),
+    Row("GOV_ALERT_AFTER_SEC", "10", "How long Redis, the exchange or the journal has to be lost, or back, before an "
+        "alert tells it.", "alert_after_s", _after_s),
     Row("GOV_LOG_FORMAT", "", "`json` or `console`; empty: console on a terminal, json otherwise.", "log_format",
         _choice("", "json", "console")),
     Row("GOV_LOG_LEVEL", "INFO", "`DEBUG`, `INFO`, `WARNING` or `ERROR`.", "log_level",
@@ -304,7 +336,7 @@ def load(environ: Mapping[str, str] = os.environ, *, stopping: bool = False) -> 
     Raises:
         SettingsError: the first variable that cannot be used.
     """
-    credentials = _credentials(environ)
+    credentials = _credentials(environ, STOPPING if stopping else NAMES)
     given = {row.name: environ.get(row.name, row.default) for row in TABLE} | credentials
     fields = {row.field: _read(row, given[row.name]) for row in TABLE if row.field is not None}
     if fields["redis_tls"] and not stopping:
@@ -401,13 +433,13 @@ def state_directory(environ: Mapping[str, str]) -> Path:
     return Path(given) if given else Path(environ.get("HOME") or "/root") / ".local/state/quantum-governor"
 
 
-def _credentials(environ: Mapping[str, str]) -> dict[str, str]:
+def _credentials(environ: Mapping[str, str], wanted: Sequence[str]) -> dict[str, str]:
     """Secrets that systemd (LoadCredential=) put into files named like their variables."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
     found: dict[str, str] = {}
     for row in TABLE if directory else ():
         file = Path(directory or "", row.name)
-        if row.secret and file.exists():
+        if row.secret and row.name in wanted and file.exists():
             try:
                 found[row.name] = file.read_text().strip()
             except (OSError, ValueError) as error:
