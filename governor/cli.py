@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from governor import audit, listing, printing, shell
+from governor.alerts.command import alerts
 from governor.console import (
     DIFFERS,
     DONE,
@@ -405,5 +406,5 @@ async def _drill(settings: Settings, *, yes: bool, restore: bool | None, as_json
     return int(told["code"])
 
 
-for command in (*listing.COMMANDS, *audit.COMMANDS, *shell.COMMANDS):
+for command in (*listing.COMMANDS, *audit.COMMANDS, *shell.COMMANDS, alerts):
     main.add_command(command)

@@ -19,6 +19,7 @@ from typing import Literal
 import click
 
 from governor import envfile
+from governor.alerts.targets import targets_of
 from governor.console import BAD_SETTINGS, FAILED, NO_REDIS, fail
 from governor.settings import TABLE, Row, Settings, load
 
@@ -99,6 +100,7 @@ def check(path: Path, *, offline: bool) -> None:
     """
     try:
         settings = load({**os.environ, **envfile.variables(_bytes(path))})
+        targets_of(settings.alert_urls)
     except ValueError as error:
         fail(f"{path}: {error}", BAD_SETTINGS)
     for warning in settings.warnings:

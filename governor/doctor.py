@@ -15,6 +15,7 @@ import click
 
 from events.store import StoreError, UnavailableError
 from governor.checks import AS_ROOT, Check, Findings, Look, host, keys, outside, store
+from governor.checks.alerts import alerts
 from governor.connection import connected, ledger_on, now
 from governor.console import DONE, FAILED, NO_REDIS
 from governor.settings import Settings
@@ -54,6 +55,7 @@ CHECKS: tuple[Probe, ...] = (
     Probe("journal", host.journal, "history"),
     Probe("disk", host.disk),
     Probe("log", host.log),
+    Probe("alerts", alerts),
 )
 """In the order they are told."""
 

@@ -13,7 +13,7 @@ from governor.console import LONG, duration, moment, progress
 
 COMMANDS = (
     "run", "demo", "status", "events", "explain", "replay", "rebuild", "archive", "checkpoint", "settings", "disarm",
-    "rearm", "doctor", "check", "completion",
+    "rearm", "doctor", "check", "completion", "alerts",
 )  # fmt: skip
 
 

@@ -105,7 +105,10 @@ def failed(found: dict[str, Check]) -> set[str]:
 def test_a_healthy_system_has_nothing_to_do_but_give_redis_a_password(system: System) -> None:
     found, code = system.run()
     assert {name: check for name, check in found.items() if check.verdict not in ("ok", "skip")}.keys() <= {"access"}
-    assert {check.verdict for name, check in found.items() if name not in ("service", "log")} <= {"ok", "warn"}
+    assert {check.verdict for name, check in found.items() if name not in ("service", "log", "alerts")} <= {
+        "ok",
+        "warn",
+    }
     assert code == 0
     assert list(found) == [probe.name for probe in doctor.CHECKS]
     assert "without a password" in found["access"].seen
@@ -184,6 +187,11 @@ def a_wrong_secret(_system: System) -> Iterator[Environ]:
 @fault("credentials", "fail", seen="code -2015", todo="BINANCE_TESTNET_API_KEY is unknown")
 def a_wrong_key(_system: System) -> Iterator[Environ]:
     yield {"BINANCE_TESTNET_API_KEY": "another"}
+
+
+@fault("alerts", "fail", seen="number 2 of 2, tgram://…, is none", todo="Correct GOV_ALERT_URLS")
+def a_url_for_alerts_that_is_none(_system: System) -> Iterator[Environ]:
+    yield {"GOV_ALERT_URLS": "json://127.0.0.1/ tgram://x"}
 
 
 @fault("exchange", "fail", seen="its clock is +10", todo="Synchronise this host's clock")

@@ -42,6 +42,8 @@ def problem(command: str) -> str | None:
     found = main.commands.get(name)
     if found is None:
         return f"no command {name}"
+    while isinstance(found, click.Group) and rest and rest[0] in found.commands:
+        name, found = f"{name} {rest[0]}", found.commands[rest.pop(0)]
     options = {flag: option for option in found.params for flag in (*option.opts, *option.secondary_opts)}
     for at, word in enumerate(rest):
         if word.startswith("-") and not re.fullmatch(r"-\d+\w", word):

@@ -72,9 +72,11 @@ MAY_BE_EMPTY = (
     *("BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY", "GOV_LOG_FORMAT", "REDIS_SENTINELS", "GOV_ARCHIVE_DIR"),
     "GOV_JOURNAL_DIR",
     "GOV_DISARM_SOCKET",
+    *("GOV_ALERT_URLS", "GOV_ALERT_LINK"),
     *TLS_FILES,
 )
-SECRETS = ("REDIS_PASSWORD", "BINANCE_TESTNET_API_KEY", "BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY")
+SECRETS = ("REDIS_PASSWORD", "BINANCE_TESTNET_API_KEY", "BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY", "GOV_ALERT_URLS")
+ALERTS = {"GOV_ALERT_URLS": "json://127.0.0.1/", "GOV_ALERT_LINK": "https://ops.example/"}
 
 
 def wrong(name: str, value: str) -> str:
@@ -345,7 +347,7 @@ def test_every_unknown_name_is_warned_about_and_names_of_others_are_not() -> Non
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TLS_FILES])
 def test_a_known_name_is_not_warned_about(name: str) -> None:
-    value = DEFAULTS.get(name, "/x" if name.endswith(("_DIR", "_SOCKET")) else "200")
+    value = (DEFAULTS | ALERTS).get(name, "/x" if name.endswith(("_DIR", "_SOCKET")) else "200")
     assert load({name: value}).warnings == ()
 
 
@@ -587,7 +589,7 @@ def test_no_other_variable_changes_the_digest(tmp_path: Path, name: str) -> None
     }
     switched |= {"REDIS_SENTINELS": "one:1", "GOV_REQUIRE_DURABLE": "true", "GOV_DURABILITY_ATTESTED": "true"}
     switched |= dict.fromkeys(("APPLY_CONFIG_PATH", "GOV_ARCHIVE_DIR", "GOV_JOURNAL_DIR", "GOV_DISARM_SOCKET"), "/x")
-    switched |= dict.fromkeys(TLS_FILES, "/x")
+    switched |= dict.fromkeys(TLS_FILES, "/x") | ALERTS
     assert load({name: (other | switched).get(name, "17")}).digest == load({}).digest
 
 
@@ -632,6 +634,32 @@ def test_a_credential_that_cannot_be_read_names_variable_and_file(tmp_path: Path
     (tmp_path / "GOV_AUDIT_KEY").write_bytes(b"\xff\xfe")
     with pytest.raises(SettingsError, match=f"GOV_AUDIT_KEY.*{tmp_path}"):
         load({"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+
+def test_no_other_credential_keeps_a_person_from_stopping(tmp_path: Path) -> None:
+    (tmp_path / "GOV_AUDIT_KEY").write_text("key")
+    (tmp_path / "GOV_ALERT_URLS").write_text("no URL at all")
+    (tmp_path / "BINANCE_TESTNET_API_KEY").write_bytes(b"\xff\xfe")
+    assert load_for_stop({"CREDENTIALS_DIRECTORY": str(tmp_path)}).audit_key == "key"
+
+
+def test_alerts_go_to_urls_with_spaces_or_lines_between_them(tmp_path: Path) -> None:
+    (tmp_path / "GOV_ALERT_URLS").write_text("ntfy://ntfy.sh/one,two\n\nmailto://u:p@mail.example?to=a@b.cc,d@e.ff\n")
+    settings = load({"CREDENTIALS_DIRECTORY": str(tmp_path), "GOV_ALERT_AFTER_SEC": "2.5"})
+    assert settings.alert_urls == ("ntfy://ntfy.sh/one,two", "mailto://u:p@mail.example?to=a@b.cc,d@e.ff")
+    assert settings.effective["GOV_ALERT_URLS"] == "(set)"
+    assert settings.alert_after_s == 2.5
+    assert load({}).alert_urls == ()
+
+
+@pytest.mark.parametrize("value", ["ntfy.sh/topic", "ntfy://", " ", "json://a secret", "json://gehe\u00efm"])
+def test_what_is_no_url_for_alerts_is_refused_without_being_shown(value: str) -> None:
+    assert wrong("GOV_ALERT_URLS", value).startswith("GOV_ALERT_URLS is (hidden), expected URLs as apprise writes them")
+
+
+@pytest.mark.parametrize("value", ["ops.example", "ftp://ops.example", "https://", "https://ops example"])
+def test_a_link_for_alerts_is_an_address_of_the_web(value: str) -> None:
+    assert wrong("GOV_ALERT_LINK", value).startswith(f"GOV_ALERT_LINK is {value!r}, expected an address")
 
 
 def test_files_are_kept_where_systemd_says_else_below_the_users_home() -> None:
