@@ -292,7 +292,7 @@ def test_zero_means_none_allowed_and_not_off(name: str) -> None:
 
 @pytest.mark.parametrize("name", SECRETS)
 def test_a_secret_is_shown_nowhere(name: str) -> None:
-    settings = load({name: "hunter2"})
+    settings = load({name: "json://hunter2"})
     assert settings.effective[name] == "(set)"
     assert load({}).effective[name] == ""
     assert "hunter2" not in repr(

@@ -99,13 +99,13 @@ class Watch:
         if reading is None or bool(reading) == self._lost:
             self._since = None
             return None
-        self._since = now if self._since is None else self._since
-        if now - self._since < (self._back_after_us if self._lost else self._lost_after_us):
+        since = self._since = now if self._since is None else self._since
+        if now - since < (self._back_after_us if self._lost else self._lost_after_us):
             return None
-        self._lost = not self._lost
+        self._lost, self._since = not self._lost, None
         if self._lost:
-            self._lost_us = self._since
-        return self._lost, reading, self._since - self._lost_us
+            self._lost_us = since
+        return self._lost, reading, since - self._lost_us
 
 
 class _Held(NamedTuple):
