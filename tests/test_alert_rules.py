@@ -353,6 +353,13 @@ def test_a_disarm_whose_beginning_was_told_is_not_told_again_while_it_is_unfinis
     assert history.look(WELL._replace(unfinished=disarm(2)), after_us=3600 * S) == []
 
 
+def test_what_follows_from_an_unfinished_disarm_is_not_told_before_it() -> None:
+    history = History()
+    evolve(history.state, Recorded(1, AT, BURST, "0" * 64))  # folded at the start, untold
+    told = history.add(FAILED, DONE)
+    assert [alert.kind for alert in told] == ["disarm_unfinished", "disarm_failed", "disarm_done"]
+
+
 # ---------------------------------------------------------------- the exchange, from its calls
 
 

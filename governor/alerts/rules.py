@@ -63,11 +63,14 @@ class AlertRules:
         alert = messages.of_event(recorded, state, self.place)
         if alert is None:
             return []
+        told: list[Alert] = []
         if isinstance(recorded.event, DisarmStarted):
             self._epoch = recorded.event.epoch
+        elif alert.kind in ("disarm_failed", "disarm_done"):
+            told = self._unfinished(state.mode.disarm, now)
         if alert.kind == "disarm_done":
             self._calm.forget("disarm_failed")
-        return self._calm.offer(alert, now)
+        return told + self._calm.offer(alert, now)
 
     def look(self, readings: Readings, now: int) -> list[Alert]:
         """What to tell of how things are, and of what was held back."""
@@ -77,11 +80,14 @@ class AlertRules:
                 lost, why, lasted_us = turned
                 alert = messages.of_condition(name, lost=lost, why=why, lasted_us=lasted_us, at_us=now)
                 told += self._calm.offer(alert, now)
-        disarm = readings.unfinished
-        if disarm is not None and disarm.epoch != self._epoch:
-            self._epoch = disarm.epoch
-            told += self._calm.offer(messages.unfinished(disarm, now, self.place), now)
-        return told + self._calm.due(now)
+        return told + self._unfinished(readings.unfinished, now) + self._calm.due(now)
+
+    def _unfinished(self, disarm: Disarm | None, now: int) -> list[Alert]:
+        """A disarm of which nothing was told yet, before anything else is told of it."""
+        if disarm is None or disarm.epoch == self._epoch:
+            return []
+        self._epoch = disarm.epoch
+        return self._calm.offer(messages.unfinished(disarm, now, self.place), now)
 
 
 class Watch:
