@@ -217,6 +217,11 @@ def test_the_same_failure_is_told_at_once_and_then_every_five_minutes_with_their
     assert f"{told[1].more + 1} of these since 2026-01-24 12:00:16" in render(told[1], PLACE)[1]
 
 
+def test_the_step_that_failed_is_named_once() -> None:
+    failed = DisarmFailed(epoch=2, attempt=1, step="restart", error="restart: no answer")
+    assert titles(History().add(BURST, failed))[1] == "DISARM FAILED: restart: no answer"
+
+
 def test_a_failure_that_was_held_back_is_not_told_after_the_proof() -> None:
     history = History()
     history.add(BURST, FAILED, FAILED)

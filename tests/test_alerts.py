@@ -231,7 +231,9 @@ def test_an_exchange_that_stops_answering_is_told_and_so_is_its_return(
 
         def still(words: str) -> Callable[[], bool]:
             def look() -> bool:
-                publish(client, f"plan-{next(asked)}", "BTCUSDT")
+                plan_id = f"plan-{next(asked)}"
+                publish(client, plan_id, "BTCUSDT")
+                wait_for(lambda: any(event["plan_id"] == plan_id for event in events_of(client, "DECISION")))
                 return any(title.startswith(words) for title in told(web))
 
             return look
@@ -271,10 +273,13 @@ def test_whoever_takes_over_tells_a_disarm_that_has_no_proof(
     with (
         HttpReceiver() as other,
         daemon(tmp_path / "a", port=server.port, environ=SOON, GOV_LEASE_SEC="1", GOV_ALERT_URLS=web.url) as one,
-        daemon(tmp_path / "b", port=server.port, environ=SOON, GOV_LEASE_SEC="1", GOV_ALERT_URLS=other.url),
+        daemon(tmp_path / "b", port=server.port, environ=SOON, GOV_LEASE_SEC="1", GOV_ALERT_URLS=other.url) as two,
     ):
         burst(client)
         web.told("DISARM FAILED: ")
+        wait_for(
+            lambda: 'quantum_govern_state{state="DISARMED"} 1.0' in two.http("/metrics"), what="the standby to know"
+        )
         assert other.posts == []
         one.kill()
         other.told("DISARM UNFINISHED: ")

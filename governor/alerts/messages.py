@@ -196,12 +196,13 @@ def _disarm_done(event: AutoDisarm | ManualDisarm, state: State, at_us: int, seq
 
 
 def _disarm_failed(event: DisarmFailed, place: Place, at_us: int, seq: int) -> Alert:
-    step, error = clean(event.step, 40), clean(event.error, 200)
+    error = event.error if event.error.startswith(f"{event.step}:") else f"{event.step}: {event.error}"
+    error = clean(error, 240)
     return Alert(
         kind="disarm_failed",
         subject=str(event.epoch),
-        headline=f"DISARM FAILED: {step}: {error}",
-        happened=f"Attempt {event.attempt} to force the Apply Layer to dry run failed at {step}: {error}",
+        headline=f"DISARM FAILED: {error}",
+        happened=f"Attempt {event.attempt} to force the Apply Layer to dry run failed: {error}",
         done="no permit is granted. It is tried again at least every 15 s until it is proven.",
         todo=f"what does not ask the gate may still trade: set APPLY_MODE=dry_run in {place.config_path} and "
         f"`systemctl restart {place.service}` by hand, then `governor doctor`.",
