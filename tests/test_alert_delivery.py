@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from governor.settings import SettingsError
 from tests.daemon import wait_for
 from tests.receivers import HttpReceiver, MailReceiver
 
+ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE_S = (0.0,)
 
 
@@ -217,6 +220,41 @@ def test_a_url_apprise_cannot_use_is_refused_by_its_number_and_not_shown(url: st
         targets_of(["json://127.0.0.1/", url + "?hunter2"])
     assert "number 2 of 2" in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+LOOKS_LIKE = {
+    "BOT_TOKEN": "123456789:abcdefg_hijklmnopqrstuvwxyz012345678",
+    "CHAT_ID": "12345",
+    "TOKEN_A": "T1JJ3T3L2",
+    "TOKEN_B": "A1BRTD4JD",
+    "TOKEN_C": "TIiajkdnlazkcOXrIdevi7FQ",
+    "WEBHOOK_ID": "1" * 18,
+    "WEBHOOK_TOKEN": "a" * 64,
+}
+"""What services want in the places of an example's words."""
+
+
+def test_every_url_the_page_about_alerts_shows_is_one_that_apprise_can_use() -> None:
+    rows = (ROOT / "docs" / "alerting.md").read_text().partition("| where | URL |")[2].partition("\n\n")[0]
+    urls = re.findall(r"`(\w+://[^`]+)`", rows)
+    assert len(urls) == 8
+    filled = [re.sub("[A-Z]+_[A-Z]+", lambda word: LOOKS_LIKE[word[0]], url) for url in urls]
+    assert [target.name.split(" ", 1)[1] for target in targets_of(filled)] == [
+        "Telegram", "Slack", "Discord", "ntfy", "ntfy", "E-Mail", "E-Mail", "JSON",
+    ]  # fmt: skip
+
+
+def test_an_upgrade_is_refused_where_the_daemon_would_not_start_with_its_alerts(tmp_path: Path) -> None:
+    (tmp_path / "GOV_ALERT_URLS").write_text("tgram://hunter2\n")
+    settings = tmp_path / "governor.env"
+    settings.write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "governor.deploying", "check", "--offline", settings],
+        env={"CREDENTIALS_DIRECTORY": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 78
+    assert "GOV_ALERT_URLS is (hidden)" in done.stderr
+    assert "hunter2" not in done.stderr
 
 
 def test_without_apprise_the_setting_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
