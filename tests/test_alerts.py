@@ -154,6 +154,16 @@ def test_a_disarm_that_fails_is_told_once_and_after_a_crash_as_unfinished_and_no
         assert len(web.posts) == count, "a disarm that is done is not told again"
 
 
+def test_without_a_url_nothing_is_told_and_nothing_is_counted(
+    server: RedisServer, client: redis.Redis, tmp_path: Path
+) -> None:
+    with daemon(tmp_path, port=server.port, environ=SOON) as one:
+        burst(client)
+        wait_for(lambda: events_of(client, "AUTO_DISARM"))
+        assert [counted(one, result) for result in ("sent", "failed", "dropped")] == [0, 0, 0]
+        assert '"alert"' not in one.log
+
+
 # ---------------------------------------------------------------- conditions
 
 
@@ -202,6 +212,7 @@ def test_a_quarantine_and_its_end_are_told(
         assert "governor rearm --accept-history" in found["message"]
         assert one.command("rearm", "--accept-history", "--reason", "looked at it").returncode == 0
         web.told("QUARANTINE ENDED after ")
+    assert [title for title in told(web) if "REDIS" in title] == []
 
 
 def test_a_journal_that_cannot_be_written_is_told(

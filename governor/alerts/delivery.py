@@ -53,7 +53,7 @@ class Target:
         count: told how each attempt or alert ended, in the thread.
         back_off_s: waits between attempts.
         oldest_s: age from which on an alert is dropped.
-        most: how many may wait.
+        most: how many may wait, two at least.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Target:
         self._most = most
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
+        self._trying: _Waiting | None = None
         self._closing = False
         self._failures = 0
         self._missing = 0
@@ -89,7 +90,9 @@ class Target:
         """Take one. Never waits: the lock is held for no longer than a queue takes."""
         with self._changed:
             if len(self._queue) >= self._most:
-                self._drop(self._queue.popleft(), "too many wait")
+                oldest = next(one for one in self._queue if one is not self._trying)
+                self._queue.remove(oldest)
+                self._drop(oldest, "too many wait")
             self._queue.append(_Waiting(message, time.monotonic()))
             self._changed.notify()
 
@@ -118,7 +121,8 @@ class Target:
                     self._drop(self._queue.popleft(), "too old")
                 left_s = until - time.monotonic()
                 if self._queue and (self._closing or left_s <= 0):
-                    return self._queue[0]
+                    self._trying = self._queue[0]
+                    return self._trying
                 if self._closing:
                     return None
                 self._changed.wait(left_s if self._queue else None)
@@ -136,6 +140,7 @@ class Target:
         waiting.attempts += 1
         error = self._send(title, body, tone)
         with self._changed:
+            self._trying = None
             if error is None:
                 self._arrived(waiting, missing)
             else:
@@ -146,7 +151,7 @@ class Target:
             log.info("alerts are sent again", target=self.name, failed_attempts=self._failures)
         self._failures = 0
         self._missing -= missing
-        self._remove(waiting)
+        self._queue.remove(waiting)
         self._count("sent")
 
     def _failed(self, waiting: _Waiting, error: str) -> None:
@@ -156,17 +161,11 @@ class Target:
             "alert not sent", target=self.name, alert=waiting.message.title, attempt=waiting.attempts, error=error
         )
         if self._closing:
-            self._remove(waiting)
+            self._queue.remove(waiting)
             self._drop(waiting, "the end")
-        elif waiting.attempts % IN_TURN == 0 and self._remove(waiting):
+        elif waiting.attempts % IN_TURN == 0:
+            self._queue.remove(waiting)
             self._queue.append(waiting)
-
-    def _remove(self, waiting: _Waiting) -> bool:
-        """Whether it was still there: it may have been dropped meanwhile."""
-        if waiting not in self._queue:
-            return False
-        self._queue.remove(waiting)
-        return True
 
     def _drop(self, waiting: _Waiting, why: str) -> None:
         self._missing += 1

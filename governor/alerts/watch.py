@@ -55,11 +55,12 @@ class Alerts:
 
     def event(self, recorded: Recorded, state: State) -> None:
         """Told of every event that this governor is to tell, once it is folded."""
-        self._tell(self._rules.event(recorded, state, self._clock()))
+        if self._delivery.targets:
+            self._tell(self._rules.event(recorded, state, self._clock()))
 
     async def watch(self, governor: Governor) -> None:
-        """Tell how things are, for ever."""
-        while True:
+        """Tell how things are, for ever; where nobody is to be told, it ends at once."""
+        while self._delivery.targets:
             try:
                 self._tell(self._rules.look(self.readings(governor), self._clock()))
             except Exception:
