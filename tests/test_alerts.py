@@ -232,6 +232,7 @@ def test_an_exchange_that_stops_answering_is_told_and_so_is_its_return(
     server: RedisServer, client: redis.Redis, web: HttpReceiver, tmp_path: Path
 ) -> None:
     limits = {"GOV_MAX_EXEC_PER_HOUR": "off", "GOV_MAX_EXEC_PER_5MIN": "off", "GOV_ALERT_URLS": web.url}
+    limits |= {"GOV_MAX_REDUCE_NOTIONAL_PER_DAY_USD": "off"}
     with (
         Exchange() as exchange,
         daemon(tmp_path, port=server.port, base_url=exchange.base_url, environ=SOON | CREDENTIALS | limits),

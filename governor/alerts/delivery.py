@@ -75,6 +75,8 @@ class Target:
         self._changed = threading.Condition()
         self._trying: _Waiting | None = None
         self._closing = False
+        self._over = False
+        """Whether nobody waits for the thread any more: it says nothing into a process that ends."""
         self._failures = 0
         self._missing = 0
         """Alerts dropped since one arrived."""
@@ -105,6 +107,8 @@ class Target:
     def join(self, within_s: float) -> None:
         """Wait for that; what has not arrived by then is lost, and told in the log."""
         self._thread.join(max(0.0, within_s))
+        with self._changed:
+            self._over = True
         if self._queue:
             log.error("alerts were not sent before the end", target=self.name, alerts=len(self._queue))
 
@@ -116,9 +120,8 @@ class Target:
         """The next one to try, once it is time for it; None at the end."""
         with self._changed:
             until = time.monotonic() + self._pause_s()
-            while True:
-                while self._queue and time.monotonic() - self._queue[0].made > self._oldest_s:
-                    self._drop(self._queue.popleft(), "too old")
+            while not self._over:
+                self._drop_old()
                 left_s = until - time.monotonic()
                 if self._queue and (self._closing or left_s <= 0):
                     self._trying = self._queue[0]
@@ -126,6 +129,11 @@ class Target:
                 if self._closing:
                     return None
                 self._changed.wait(left_s if self._queue else None)
+            return None
+
+    def _drop_old(self) -> None:
+        while self._queue and time.monotonic() - self._queue[0].made > self._oldest_s:
+            self._drop(self._queue.popleft(), "too old")
 
     def _pause_s(self) -> float:
         if self._failures == 0:
@@ -143,11 +151,11 @@ class Target:
             self._trying = None
             if error is None:
                 self._arrived(waiting, missing)
-            else:
+            elif not self._over:
                 self._failed(waiting, error)
 
     def _arrived(self, waiting: _Waiting, missing: int) -> None:
-        if self._failures:
+        if self._failures and not self._over:
             log.info("alerts are sent again", target=self.name, failed_attempts=self._failures)
         self._failures = 0
         self._missing -= missing
