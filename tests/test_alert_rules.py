@@ -27,7 +27,8 @@ from events.types import (
     Throttled,
     UnpermittedExecution,
 )
-from governor.alerts.messages import CONDITIONS, KINDS, TITLE_MOST, TOLD, Alert, Place, of_test, render
+from governor.alerts.conditions import CONDITIONS
+from governor.alerts.messages import KINDS, TITLE_MOST, TOLD, Alert, Place, of_test, render
 from governor.alerts.rules import ANSWERS, AT_ONCE, REFUSALS, AlertRules, Calm, ExchangeHealth, Readings
 from governor.binance_errors import ERROR_KINDS
 from governor.policy import Policy

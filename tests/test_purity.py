@@ -15,7 +15,7 @@ PACKAGES = ("events", "projections", "governor")
 PURE = [
     *(ROOT / "governor" / f"{name}.py"
       for name in ("decider", "gates", "machine", "policy", "plans", "results", "market", "permits")),
-    *(ROOT / "governor" / "alerts" / f"{name}.py" for name in ("messages", "rules")),
+    *(ROOT / "governor" / "alerts" / f"{name}.py" for name in ("messages", "conditions", "rules")),
     *sorted((ROOT / "projections").glob("*.py")),
 ]  # fmt: skip
 IMPURE = {

@@ -13,7 +13,8 @@ import msgspec
 
 from events.types import DisarmStarted, Recorded
 from governor.alerts import messages
-from governor.alerts.messages import CONDITIONS, KINDS, TOLD, Alert, Place
+from governor.alerts.conditions import CONDITIONS, of_condition
+from governor.alerts.messages import KINDS, TOLD, Alert, Place
 from projections.state import Disarm, State
 
 AT_ONCE = 3
@@ -78,7 +79,7 @@ class AlertRules:
         for name, watch in self._watches.items():
             if (turned := watch.look(getattr(readings, name), now)) is not None:
                 lost, why, lasted_us = turned
-                alert = messages.of_condition(name, lost=lost, why=why, lasted_us=lasted_us, at_us=now)
+                alert = of_condition(name, lost=lost, why=why, lasted_us=lasted_us, at_us=now)
                 told += self._calm.offer(alert, now)
         return told + self._unfinished(readings.unfinished, now) + self._calm.due(now)
 
