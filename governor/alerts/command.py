@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from governor.console import BAD_SETTINGS, CODES, DONE, FAILED, fail, json_option, print_json, settings_of
+from governor.console import BAD_SETTINGS, DONE, FAILED, fail, json_option, print_json, settings_of
 from governor.console import run as end_with
+from governor.manual import Group, codes
 
 if TYPE_CHECKING:
     from governor.alerts.targets import Sending
@@ -19,12 +20,20 @@ WITHIN_S = 20.0
 """How long a target has for the test."""
 
 
-@click.group()
+_EXAMPLES = (
+    ("sudo governor alerts test", "with the URLs of the service"),
+    ("governor alerts test --json", "for a program"),
+)
+_EXITS = codes("every target took it", exit_1="one did not, or there is none", redis=False)
+_SEE = ("governor doctor", "docs/alerting.md")
+
+
+@click.group(cls=Group, examples=_EXAMPLES, exits=_EXITS, see=_SEE)
 def alerts() -> None:
     """What the daemon tells people by phone, chat or mail (GOV_ALERT_URLS)."""
 
 
-@alerts.command(epilog=CODES)
+@alerts.command(examples=_EXAMPLES, exits=_EXITS, see=_SEE)
 @json_option
 def test(*, as_json: bool) -> None:
     """Send a test message to every target now, and say of each whether it took it.
