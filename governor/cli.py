@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         ("governor explain PLAN_ID", "one plan's life"),
         ("governor replay", "audit: does every decision follow?"),
         ("governor rebuild --check", "do the public keys say it too?"),
+        ("governor dashboard", "all of it in a browser"),
         ('governor disarm --reason "bad fills"', "stop trading now"),
         ("governor doctor", "is everything as it should be?"),
     ),
@@ -113,6 +114,29 @@ def demo(*, seconds: float | None, speed: float, directory: str, port: int, svg:
         fail(f"the demo needs the packages of the extra 'demo': pip install '.[demo]' ({error})", FAILED)
     code = the_demo.main(directory=directory, port=port, seconds=seconds, speed=speed, svg=svg, as_json=as_json)
     sys.exit(code)
+
+
+@main.command(
+    examples=(
+        ("governor dashboard", "on http://127.0.0.1:8045"),
+        ("DASHBOARD_TOKEN_FILE=/etc/token governor dashboard", "with control, for who knows the token"),
+    ),
+    exits=codes("ended by SIGTERM or SIGINT", redis=False),
+    see=("governor status --watch", "docs/dashboard.md"),
+)
+def dashboard() -> None:
+    """Show all of it in a browser, until SIGTERM.
+
+    A process of its own that only reads; on http://127.0.0.1:8045 unless DASHBOARD_HOST and DASHBOARD_PORT say
+    otherwise. With DASHBOARD_TOKEN_FILE a person who knows the token can disarm and re-arm there. It waits for Redis,
+    and says so on the page, instead of ending.
+    """
+    loaded = settings_of(logs=True)
+    try:
+        from governor.dashboard import serving  # noqa: PLC0415
+    except ImportError as error:
+        fail(f"the dashboard needs the packages of the extra 'dashboard': pip install '.[dashboard]' ({error})", FAILED)
+    sys.exit(serving.main(loaded))
 
 
 @main.command(

@@ -70,6 +70,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """None: the process that disarms rewrites the file itself."""
     metrics_host: str
     metrics_port: int
+    dashboard_host: str
+    dashboard_port: int
+    dashboard_token_file: Path | None
+    """None: the dashboard only shows."""
+    dashboard_allowed_hosts: tuple[str, ...]
+    """Names, in lower case and without a port."""
+    dashboard_behind_proxy: bool
     base_url: str
     binance_timeout_s: float
     api_key: str
@@ -193,6 +200,13 @@ def _address(value: str) -> tuple[str, int]:
     raise ValueError("host:port, several separated by commas")
 
 
+def _host_names(value: str) -> tuple[str, ...]:
+    names = tuple(part.strip().lower() for part in value.split(",")) if value else ()
+    if not all(map(_host, names)):
+        raise ValueError("host names without a port, separated by commas")
+    return names
+
+
 def _service(value: str) -> str:
     if not _unit(value):
         raise ValueError("the name of a systemd unit")
@@ -309,6 +323,16 @@ TABLE: tuple[Row, ...] = (
         _checkpoint_s),
     Row("METRICS_HOST", "127.0.0.1", "Where /metrics, /healthz and /readyz listen.", "metrics_host", _word),
     Row("METRICS_PORT", "8044", "Their port; 0 takes a free one.", "metrics_port", _own_port),
+    Row("DASHBOARD_HOST", "127.0.0.1", "Where `governor dashboard` listens.", "dashboard_host", _word),
+    Row("DASHBOARD_PORT", "8045", "Its port; 0 takes a free one.", "dashboard_port", _own_port),
+    Row("DASHBOARD_TOKEN_FILE", "", "File with the token (at least 16 characters) a person logs in with there, to "
+        "disarm and to re-arm. Empty: the dashboard only shows.", "dashboard_token_file", _path_or_none),
+    Row("DASHBOARD_ALLOWED_HOSTS", "", "More names the dashboard may be asked for, separated by commas, such as a "
+        "reverse proxy's; DASHBOARD_HOST and the names of loopback always may.", "dashboard_allowed_hosts",
+        _host_names),
+    Row("DASHBOARD_BEHIND_PROXY", "false", "Whether only a reverse proxy with TLS reaches the dashboard: its "
+        "X-Forwarded-For is then believed, and cookies travel over https alone.", "dashboard_behind_proxy",
+        policy.flag),
     Row("GOV_METRICS_MAX_SYMBOLS", "200", "Symbols with metrics of their own; the rest is `other`.", "symbol_labels",
         _labels),
     Row("GOV_ALERT_URLS", "", "Where the daemon sends alerts: apprise URLs, with spaces or lines between them "

@@ -47,6 +47,9 @@ DEFAULTS: dict[str, str] = {
     "GOV_AUDIT_KEY": "",
     "METRICS_HOST": "127.0.0.1",
     "METRICS_PORT": "8044",
+    "DASHBOARD_HOST": "127.0.0.1",
+    "DASHBOARD_PORT": "8045",
+    "DASHBOARD_BEHIND_PROXY": "false",
     "GOV_LOG_FORMAT": "",
     "GOV_LOG_LEVEL": "INFO",
     "GOV_JOURNAL_FSYNC": "interval",
@@ -73,6 +76,8 @@ MAY_BE_EMPTY = (
     "GOV_JOURNAL_DIR",
     "GOV_DISARM_SOCKET",
     *("GOV_ALERT_URLS", "GOV_ALERT_LINK"),
+    "DASHBOARD_TOKEN_FILE",
+    "DASHBOARD_ALLOWED_HOSTS",
     *TLS_FILES,
 )
 SECRETS = ("REDIS_PASSWORD", "BINANCE_TESTNET_API_KEY", "BINANCE_TESTNET_API_SECRET", "GOV_AUDIT_KEY", "GOV_ALERT_URLS")
@@ -123,6 +128,9 @@ def test_without_any_variable_everything_has_its_default() -> None:
     assert settings.apply_config_path == Path("/etc/quantum/apply-layer.env")
     assert settings.apply_service == "quantum-apply-layer.service"
     assert (settings.metrics_host, settings.metrics_port, settings.symbol_labels) == ("127.0.0.1", 8044, 200)
+    assert (settings.dashboard_host, settings.dashboard_port) == ("127.0.0.1", 8045)
+    assert (settings.dashboard_token_file, settings.dashboard_allowed_hosts) == (None, ())
+    assert not settings.dashboard_behind_proxy
     assert (settings.base_url, settings.binance_timeout_s) == ("https://testnet.binancefuture.com", 2.0)
     assert (settings.api_key, settings.api_secret, settings.credentials) == ("", "", False)
     assert (settings.allow_mainnet, settings.log_format, settings.log_level) == (False, "", "INFO")
@@ -156,6 +164,11 @@ def test_every_variable_reaches_its_field(tmp_path: Path) -> None:
             "GOV_AUDIT_KEY": "audit",
             "METRICS_HOST": "0.0.0.0",  # noqa: S104 - nothing listens
             "METRICS_PORT": "0",
+            "DASHBOARD_HOST": "::1",
+            "DASHBOARD_PORT": "0",
+            "DASHBOARD_TOKEN_FILE": "/nowhere/token",
+            "DASHBOARD_ALLOWED_HOSTS": "Bot.example.org, [fd00::1]",
+            "DASHBOARD_BEHIND_PROXY": "true",
             "GOV_METRICS_MAX_SYMBOLS": "3",
             "GOV_LOG_FORMAT": "JSON",
             "GOV_LOG_LEVEL": "debug",
@@ -170,6 +183,10 @@ def test_every_variable_reaches_its_field(tmp_path: Path) -> None:
     assert settings.apply_config_path == Path("/tmp/x.env")  # noqa: S108 - nothing is written there
     assert settings.apply_service == "another.service"
     assert (settings.metrics_host, settings.metrics_port, settings.symbol_labels) == ("0.0.0.0", 0, 3)  # noqa: S104
+    assert (settings.dashboard_host, settings.dashboard_port) == ("::1", 0)
+    assert settings.dashboard_token_file == Path("/nowhere/token")
+    assert settings.dashboard_allowed_hosts == ("bot.example.org", "[fd00::1]")
+    assert settings.dashboard_behind_proxy
     assert (settings.base_url, settings.binance_timeout_s) == ("https://fapi.binance.com", 0.25)
     assert (settings.api_key, settings.api_secret, settings.credentials) == ("k", "s", True)
     assert (settings.allow_mainnet, settings.log_format, settings.log_level) == (True, "json", "DEBUG")
@@ -254,6 +271,11 @@ def test_every_variable_of_a_decision_reaches_the_policy(name: str, text: str, v
         ("GOV_ALLOW_MAINNET", ["yes", "1"], "true or false"),
         ("METRICS_HOST", ["", "a b"], "a name without spaces"),
         ("METRICS_PORT", ["-1", "65536", "http"], "a whole number from 0 to 65535"),
+        ("DASHBOARD_HOST", ["", "a b"], "a name without spaces"),
+        ("DASHBOARD_PORT", ["-1", "65536", "http"], "a whole number from 0 to 65535"),
+        ("DASHBOARD_TOKEN_FILE", ["token", "~/token"], "an absolute path"),
+        ("DASHBOARD_ALLOWED_HOSTS", ["a b", "one,,two", "host:8045"], "host names without a port"),
+        ("DASHBOARD_BEHIND_PROXY", ["", "yes"], "true or false"),
         ("GOV_METRICS_MAX_SYMBOLS", ["0", "100001"], "a whole number from 1 to 100000"),
         ("GOV_LOG_FORMAT", ["xml"], "one of empty, json, console"),
         ("GOV_LOG_LEVEL", ["", "TRACE", "20"], "one of DEBUG, INFO, WARNING, ERROR"),
@@ -347,7 +369,9 @@ def test_every_unknown_name_is_warned_about_and_names_of_others_are_not() -> Non
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TLS_FILES])
 def test_a_known_name_is_not_warned_about(name: str) -> None:
-    value = (DEFAULTS | ALERTS).get(name, "/x" if name.endswith(("_DIR", "_SOCKET")) else "200")
+    value = (DEFAULTS | ALERTS).get(
+        name, "/x" if name.endswith(("_DIR", "_SOCKET", "_FILE")) and name != "GOV_LIMITS_FILE" else "200"
+    )
     assert load({name: value}).warnings == ()
 
 
@@ -589,6 +613,7 @@ def test_no_other_variable_changes_the_digest(tmp_path: Path, name: str) -> None
     }
     switched |= {"REDIS_SENTINELS": "one:1", "GOV_REQUIRE_DURABLE": "true", "GOV_DURABILITY_ATTESTED": "true"}
     switched |= dict.fromkeys(("APPLY_CONFIG_PATH", "GOV_ARCHIVE_DIR", "GOV_JOURNAL_DIR", "GOV_DISARM_SOCKET"), "/x")
+    switched |= {"DASHBOARD_TOKEN_FILE": "/x", "DASHBOARD_BEHIND_PROXY": "true"}
     switched |= dict.fromkeys(TLS_FILES, "/x") | ALERTS
     assert load({name: (other | switched).get(name, "17")}).digest == load({}).digest
 

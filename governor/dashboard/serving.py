@@ -1,0 +1,127 @@
+"""The dashboard's process: settings, a socket, the loop, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from governor.connection import connected, watch
+from governor.dashboard.app import application
+from governor.dashboard.board import Board, publish
+from governor.dashboard.feed import Feed
+from governor.dashboard.streams import Hub
+from governor.dashboard.vitals import Vitals
+from governor.logs import Logger, configure
+from governor.notify import Notifier
+from governor.settings import Settings, SettingsError
+
+log = Logger("governor.dashboard")
+
+VERSION = importlib.metadata.version("quantum-governor")
+
+REDIS_S = 2.0
+"""Redis has this long for an answer."""
+CONNECTIONS = 250
+"""More are refused: those that stream, twice."""
+STOP_S = 1
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, whose requests can close their connection at once: a client that does not read never ends itself."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.app_state = self.app_state | {"abort": transport.abort}
+        super().connection_made(transport)
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: the streams have to end first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code."""
+    configure(log_format=settings.log_format, level=settings.log_level)
+    for name in ("uvicorn", "asyncio"):  # what they tell at lower levels names addresses and requests
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        listening = listen(settings)
+    except SettingsError as error:
+        log.error("cannot start", error=str(error))
+        return 78
+    asyncio.run(serve(settings, listening))
+    return 0
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket on the settings' address.
+
+    Raises:
+        SettingsError: it is taken, or no address of this machine.
+    """
+    host, port = settings.dashboard_host, settings.dashboard_port
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SettingsError(
+            f"DASHBOARD_PORT is {port}, expected a free port on DASHBOARD_HOST {host}: {error.strerror or error}"
+        ) from error
+
+
+async def serve(settings: Settings, listening: socket.socket) -> None:
+    """The dashboard's life, on a socket that is open already."""
+    notifier = Notifier()
+    async with connected(settings, answer_s=REDIS_S) as events, connected(settings, answer_s=REDIS_S) as asking:
+        feed, vitals, hub = Feed(settings, events), Vitals(settings, asking), Hub()
+        board = Board(settings, feed, vitals, version=VERSION, controls=False)
+        server = _Server(_config(application(board, hub)))
+
+        def stop() -> None:
+            notifier.send(STOPPING="1")
+            hub.close()
+            server.should_exit = True
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        work = [feed.run(), vitals.run(), publish(board, feed, hub), watch(events), watch(asking)]
+        tasks = [loop.create_task(each) for each in work]
+        host, port = listening.getsockname()[:2]
+        log.info("ready", host=host, dashboard_port=port)
+        notifier.send(READY="1", STATUS=f"on {host} port {port}")
+        try:
+            await server.serve(sockets=[listening])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        log.info("stopped")
+
+
+def _config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=STOP_S,
+        h11_max_incomplete_event_size=16_384,
+    )

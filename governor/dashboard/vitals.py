@@ -1,0 +1,190 @@
+"""How the daemon, the exchange, Redis and the journal are: asked of the daemon's own routes, and of Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import Any
+
+import httpx
+import msgspec
+import redis.asyncio
+from prometheus_client.parser import text_string_to_metric_families
+
+from events.store import UnavailableError
+from governor.durability import durability
+from governor.settings import Settings
+
+READY_S = 1.0
+METRICS_S = 5.0
+REDIS_S = 15.0
+ANSWER_S = 2.0
+MOST_BYTES = 4_000_000
+"""Of an answer; the daemon's metrics with thousands of symbols have less."""
+HOUR_S = 3600.0
+_PREFIX = "quantum_govern_"
+
+
+class Vitals:
+    """Asked in the background; `health` tells the last answers.
+
+    Args:
+        settings: where the daemon listens.
+        client: Redis, for its memory and how it keeps data.
+    """
+
+    def __init__(self, settings: Settings, client: redis.asyncio.Redis) -> None:
+        self._settings = settings
+        self._client = client
+        self._base = daemon_url(settings)
+        self._daemon: dict[str, Any] = {
+            "answers": False, "ready": None, "problems": [], "notes": [], "asked_at": None,
+            "error": "not asked yet" if self._base else "METRICS_PORT is 0: where the daemon listens is not known",
+        }  # fmt: skip
+        self._metrics: dict[str, float] | None = None
+        self._exchange_errors = Growth()
+        self._calls = Growth()
+        self._call_seconds = Growth()
+        self._memory: int | None = None
+        self._durable: str | None = None
+
+    def health(self, redis_latency_s: float | None) -> dict[str, Any]:
+        """The document's part `health`, but for the events."""
+        return {
+            "daemon": self._daemon,
+            "exchange": self._exchange(),
+            "redis": {
+                "latency_ms": None if redis_latency_s is None else round(redis_latency_s * 1e3, 3),
+                "memory_bytes": self._memory,
+                "durable": self._durable,
+            },
+            "journal": self._journal(),
+        }
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        limits = httpx.Limits(max_connections=2, max_keepalive_connections=2)
+        async with (
+            httpx.AsyncClient(timeout=ANSWER_S, limits=limits, trust_env=False) as http,
+            asyncio.TaskGroup() as group,
+        ):
+            if self._base is not None:
+                group.create_task(_repeat(lambda: self._ask_ready(http), READY_S))
+                group.create_task(_repeat(lambda: self._ask_metrics(http), METRICS_S))
+            group.create_task(_repeat(self._ask_redis, REDIS_S))
+
+    async def _ask_ready(self, http: httpx.AsyncClient) -> None:
+        told: dict[str, Any] = {"answers": False, "ready": None, "problems": [], "notes": [], "error": None}
+        try:
+            status, body = await _get(http, f"{self._base}/readyz")
+            answer = msgspec.json.decode(body, type=_Ready)
+            told |= {"answers": True, "ready": status == httpx.codes.OK}
+            told |= {"problems": answer.problems, "notes": answer.notes}
+        except (httpx.HTTPError, msgspec.MsgspecError, OSError, ValueError) as error:
+            told["error"] = f"{self._base}/readyz: {str(error) or type(error).__name__}"
+        self._daemon = told | {"asked_at": time.time()}
+
+    async def _ask_metrics(self, http: httpx.AsyncClient) -> None:
+        try:
+            _, body = await _get(http, f"{self._base}/metrics")
+            found = read_metrics(body.decode())
+        except (httpx.HTTPError, OSError, ValueError):
+            self._metrics = None
+            return
+        self._metrics, at = found, time.monotonic()
+        self._exchange_errors.note(at, found.get("exchange_error_total", 0.0))
+        self._calls.note(at, found.get("exchange_seconds_count", 0.0))
+        self._call_seconds.note(at, found.get("exchange_seconds_sum", 0.0))
+
+    async def _ask_redis(self) -> None:
+        try:
+            self._durable = (await durability(self._client)).verdict
+            info = await self._client.info("memory")
+            self._memory = int(info["used_memory"])
+        except (UnavailableError, redis.exceptions.RedisError, OSError, KeyError, ValueError):
+            self._durable = self._memory = None
+
+    def _exchange(self) -> dict[str, Any]:
+        told: dict[str, Any] = {"configured": self._settings.credentials}
+        found = self._metrics or {}
+        calls = self._calls.over(HOUR_S)
+        told["weight_used"] = found.get("exchange_weight_used")
+        told["weight_limit"] = found.get("exchange_weight_limit") or None
+        told["errors_1h"] = None if self._metrics is None else self._exchange_errors.over(HOUR_S)
+        told["latency_ms"] = round(self._call_seconds.over(HOUR_S) / calls * 1e3, 3) if found and calls else None
+        return told
+
+    def _journal(self) -> dict[str, Any]:
+        found = self._metrics or {}
+        if "journal_up" not in found:
+            return {"ok": None, "note": "the daemon does not tell"}
+        if found.get("quarantined"):
+            return {"ok": False, "note": "quarantined: the stream's history contradicts the journal's"}
+        if not found["journal_up"]:
+            return {"ok": False, "note": "it cannot be written"}
+        return {"ok": True, "note": None}
+
+
+class _Ready(msgspec.Struct):
+    problems: list[str] = []
+    notes: list[str] = []
+
+
+class Growth:
+    """By how much a counter grew: since a time ago, or since it was first seen. A restart begins it anew."""
+
+    def __init__(self) -> None:
+        self._grown = 0.0
+        self._last: float | None = None
+        self._seen: deque[tuple[float, float]] = deque(maxlen=int(HOUR_S / METRICS_S) + 2)
+
+    def note(self, at: float, value: float) -> None:
+        """The counter's value at `at` (seconds of any clock that goes on)."""
+        if self._last is not None:
+            self._grown += value - self._last if value >= self._last else value
+        self._last = value
+        self._seen.append((at, self._grown))
+
+    def over(self, seconds: float) -> float:
+        """The growth within that time before the last value."""
+        if not self._seen:
+            return 0.0
+        since = self._seen[-1][0] - seconds
+        return self._grown - next(grown for at, grown in self._seen if at >= since)
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """The daemon's metrics without their prefix, summed over their labels."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        if not family.name.startswith(_PREFIX):
+            continue
+        for sample in family.samples:
+            name = sample.name.removeprefix(_PREFIX)
+            found[name] = found.get(name, 0.0) + sample.value
+    return found
+
+
+def daemon_url(settings: Settings) -> str | None:
+    """Where the daemon's routes are; None where its port is not known."""
+    if not settings.metrics_port:
+        return None
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.metrics_host, settings.metrics_host)  # noqa: S104
+    return f"http://[{host}]:{settings.metrics_port}" if ":" in host else f"http://{host}:{settings.metrics_port}"
+
+
+async def _get(http: httpx.AsyncClient, url: str) -> tuple[int, bytes]:
+    async with asyncio.timeout(ANSWER_S), http.stream("GET", url) as answer:
+        body = b""
+        async for part in answer.aiter_bytes():
+            body += part
+            if len(body) > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES} bytes")
+        return answer.status_code, body
+
+
+async def _repeat(ask: Any, every_s: float) -> None:
+    while True:
+        await ask()
+        await asyncio.sleep(every_s)
