@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import ipaddress
 import logging
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from governor.connection import connected, watch
 from governor.dashboard.app import application
 from governor.dashboard.board import Board, publish
+from governor.dashboard.control import Control
 from governor.dashboard.feed import Feed
+from governor.dashboard.login import Failures, Sessions, read_token
 from governor.dashboard.streams import Hub
 from governor.dashboard.vitals import Vitals
 from governor.logs import Logger, configure
@@ -57,12 +61,26 @@ def main(settings: Settings) -> int:
     for name in ("uvicorn", "asyncio"):  # what they tell at lower levels names addresses and requests
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
+        token = None if settings.dashboard_token_file is None else read_token(settings.dashboard_token_file)
         listening = listen(settings)
     except SettingsError as error:
         log.error("cannot start", error=str(error))
         return 78
-    asyncio.run(serve(settings, listening))
+    if not settings.dashboard_behind_proxy and not _loopback(settings.dashboard_host):
+        log.warning(
+            "whoever reaches this address sees everything, unencrypted: keep it on loopback, or behind a proxy with "
+            "TLS and DASHBOARD_BEHIND_PROXY",
+            host=settings.dashboard_host,
+        )
+    asyncio.run(serve(settings, listening, token=token))
     return 0
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -80,13 +98,15 @@ def listen(settings: Settings) -> socket.socket:
         ) from error
 
 
-async def serve(settings: Settings, listening: socket.socket) -> None:
+async def serve(settings: Settings, listening: socket.socket, *, token: str | None) -> None:
     """The dashboard's life, on a socket that is open already."""
     notifier = Notifier()
     async with connected(settings, answer_s=REDIS_S) as events, connected(settings, answer_s=REDIS_S) as asking:
         feed, vitals, hub = Feed(settings, events), Vitals(settings, asking), Hub()
-        board = Board(settings, feed, vitals, version=VERSION, controls=False)
-        server = _Server(_config(application(board, hub)))
+        board = Board(settings, feed, vitals, version=VERSION, controls=token is not None)
+        sessions = None if token is None else Sessions(token, time.monotonic)
+        control = Control(settings, feed, board, sessions, Failures(time.monotonic))
+        server = _Server(_config(application(settings, asking, board, hub, control)))
 
         def stop() -> None:
             notifier.send(STOPPING="1")
@@ -99,7 +119,7 @@ async def serve(settings: Settings, listening: socket.socket) -> None:
         work = [feed.run(), vitals.run(), publish(board, feed, hub), watch(events), watch(asking)]
         tasks = [loop.create_task(each) for each in work]
         host, port = listening.getsockname()[:2]
-        log.info("ready", host=host, dashboard_port=port)
+        log.info("ready", host=host, dashboard_port=port, control=token is not None)
         notifier.send(READY="1", STATUS=f"on {host} port {port}")
         try:
             await server.serve(sockets=[listening])
