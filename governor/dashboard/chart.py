@@ -66,14 +66,13 @@ class Chart:
     def __init__(self) -> None:
         self._steps: dict[int, _Step] = {}
         self._first_mode: str | None = None
-        self._first_at: int | None = None
+        self._time = 0
         self._granted: OrderedDict[str, tuple[int, Decimal]] = OrderedDict()
 
     def note(self, recorded: Recorded, *, latency_us: int | None) -> None:
         """The next event, and how long its plan waited for it where it is a decision."""
-        _, at, event, _ = recorded
-        if self._first_at is None:
-            self._first_at = at
+        event = recorded.event
+        at = self._time = max(self._time, recorded.at)  # clocks step back; the state's time does not either
         step = self._step(at // STEP_US)
         match event:
             case Decision(verdict="EXECUTE"):
