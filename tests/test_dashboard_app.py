@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from starlette.routing import Mount, Route
 
 from governor.connection import client as client_of
+from governor.dashboard import serving
 from governor.dashboard.app import application
 from governor.dashboard.board import Board
 from governor.dashboard.control import Control, refusal_of
@@ -361,6 +364,36 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_the_others_are_not() -
     assert hub.clients == {quick}
     assert hub.cut_off == 1
     assert await slow.next() is None
+
+
+async def test_a_connection_nobody_reads_from_is_closed_and_costs_the_others_nothing() -> None:
+    web = Web(token=None)
+    server = uvicorn.Server(serving.config(web.app))
+    listening = socket.create_server(("127.0.0.1", 0))
+    request = b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    running = asyncio.create_task(server._serve([listening]))
+    stuck, stuck_writer = await asyncio.open_connection(*listening.getsockname(), limit=1024)
+    quick, quick_writer = await asyncio.open_connection(*listening.getsockname())
+    big = b"x" * 200_000
+    async with asyncio.timeout(20):
+        for writer in (stuck_writer, quick_writer):
+            writer.write(request)
+        while len(web.hub.clients) < 2:
+            await asyncio.sleep(0.01)
+        while not web.hub.cut_off:
+            web.hub.send(lambda _client: big)
+            await quick.readuntil(big)
+        while len(server.server_state.connections) > 1:
+            await asyncio.sleep(0.01)
+        assert len(web.hub.clients) == 1
+        web.hub.send(lambda _client: b"the last one")
+        await quick.readuntil(b"the last one")
+        web.hub.close()
+        server.should_exit = True
+        await running
+    for writer in (stuck_writer, quick_writer):
+        writer.close()
+    assert not stuck.at_eof()
 
 
 async def test_a_hub_that_is_full_or_closed_takes_nobody() -> None:

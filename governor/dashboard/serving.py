@@ -106,7 +106,7 @@ async def serve(settings: Settings, listening: socket.socket, *, token: str | No
         board = Board(settings, feed, vitals, version=VERSION, controls=token is not None)
         sessions = None if token is None else Sessions(token, time.monotonic)
         control = Control(settings, feed, board, sessions, Failures(time.monotonic))
-        server = _Server(_config(application(settings, asking, board, hub, control)))
+        server = _Server(config(application(settings, asking, board, hub, control)))
 
         def stop() -> None:
             notifier.send(STOPPING="1")
@@ -130,7 +130,8 @@ async def serve(settings: Settings, listening: socket.socket, *, token: str | No
         log.info("stopped")
 
 
-def _config(app: Any) -> uvicorn.Config:
+def config(app: Any) -> uvicorn.Config:
+    """How uvicorn serves it: no log of requests, no word of proxies believed, everything bounded."""
     return uvicorn.Config(
         app,
         http=Protocol,
