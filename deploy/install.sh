@@ -16,6 +16,8 @@ readonly COMPLETION=$SHARE/bash-completion/completions/governor
 readonly ETC=/etc/quantum
 readonly SETTINGS=$ETC/governor.env
 readonly CREDENTIALS=$ETC/governor.credentials
+readonly DASHBOARD_SETTINGS=$ETC/dashboard.env
+readonly DASHBOARD_CREDENTIALS=$ETC/dashboard.credentials
 readonly UNITS=/etc/systemd/system
 readonly STATE=/var/lib/quantum-governor
 readonly HELPER_STATE=/var/lib/quantum-governor-disarm
@@ -23,8 +25,9 @@ readonly ACCOUNT=quantum-governor
 readonly SHARED_GROUP=quantum
 readonly SERVICE=quantum-governor.service
 readonly SOCKET=quantum-governor-disarm.socket
+readonly DASHBOARD=quantum-governor-dashboard.service
 readonly OUR_UNITS=(quantum-governor.service quantum-governor-disarm.socket quantum-governor-disarm@.service
-    quantum-governor-deadman.service)
+    quantum-governor-deadman.service quantum-governor-dashboard.service)
 readonly SOURCES=(governor events projections deploy pyproject.toml README.md LICENSE)
 readonly KEPT_RELEASES=4
 readonly READY_WITHIN_S=90
@@ -220,7 +223,8 @@ build_release() {
             where=(--no-deps --no-index)
         fi
         PYTHONPATH=$part/backend "${pip[@]}" wheel --no-build-isolation --no-deps --no-index --wheel-dir "$part/dist" "$part/src"
-        "${install[@]}" "${where[@]}" "$part"/dist/quantum_governor-*.whl || die "the packages are not all in $wheelhouse"
+        local -a wheel=("$part"/dist/quantum_governor-*.whl)
+        "${install[@]}" "${where[@]}" "${wheel[0]}[dashboard]" || die "the packages are not all in $wheelhouse"
         "${pip[@]}" check
         "$venv/bin/python" -I -m pip list --disable-pip-version-check --format=freeze >"$part/release/installed.txt"
         # A release is not changed any more: what could change it goes.
@@ -278,11 +282,13 @@ prepare_directories() {
     directory 755 root root "$RELEASES"
     directory 750 root "$SHARED_GROUP" "$ETC"
     directory 700 root root "$CREDENTIALS"
-    if [[ -d $CREDENTIALS && $(stat -c '%a %u' "$CREDENTIALS") != '700 0' ]]; then
-        change "$CREDENTIALS only for root" tighten 700 "$CREDENTIALS"
-    fi
     local file
-    for file in "$CREDENTIALS"/*; do
+    for file in "$CREDENTIALS" "$DASHBOARD_CREDENTIALS"; do
+        if [[ -d $file && $(stat -c '%a %u' "$file") != '700 0' ]]; then
+            change "$file only for root" tighten 700 "$file"
+        fi
+    done
+    for file in "$CREDENTIALS"/* "$DASHBOARD_CREDENTIALS"/*; do
         if [[ -f $file && $(stat -c '%a %u' "$file") != '600 0' ]]; then
             change "$file only for root" tighten 600 "$file"
         fi
@@ -367,6 +373,23 @@ credential_lines() {
             say "LoadCredential=$name:$CREDENTIALS/$name"
         fi
     done <"$work/names"
+}
+
+# The same for the dashboard: its own before the governor's, and none of the exchange's. With a token people act there.
+dashboard_lines() {
+    local name from
+    for name in REDIS_PASSWORD GOV_AUDIT_KEY; do
+        for from in "$DASHBOARD_CREDENTIALS" "$CREDENTIALS"; do
+            if [[ -f $from/$name ]]; then
+                say "LoadCredential=$name:$from/$name"
+                break
+            fi
+        done
+    done
+    if [[ -f $DASHBOARD_CREDENTIALS/DASHBOARD_TOKEN ]]; then
+        say "LoadCredential=DASHBOARD_TOKEN:$DASHBOARD_CREDENTIALS/DASHBOARD_TOKEN"
+        say 'Environment=DASHBOARD_TOKEN_FILE=%d/DASHBOARD_TOKEN'
+    fi
 }
 
 # Would it start? Asked of the new release before anything is switched to it.
@@ -482,6 +505,9 @@ install_units() {
     if [[ -d $RELEASES/$release ]]; then
         drop_in "$SERVICE" credentials credential_lines
     fi
+    if [[ -f $from/systemd/$DASHBOARD ]]; then
+        drop_in "$DASHBOARD" credentials dashboard_lines
+    fi
     drop_in "$SERVICE" paths own_lines
     drop_in quantum-governor-disarm@.service paths helper_lines
     drop_in quantum-governor-deadman.service paths helper_lines
@@ -551,6 +577,20 @@ remember() {
     install -m 600 "$work/remembered" "$BASE/$1"
 }
 
+# It is started by whoever wants it; one that runs goes on with what is installed now.
+restart_dashboard() {
+    local wanted
+    [[ $start == yes ]] && active "$DASHBOARD" || return 0
+    wanted=$({
+        linked current
+        cat "$SETTINGS" "$UNITS/$DASHBOARD" "$UNITS/$DASHBOARD".d/*.conf "$DASHBOARD_SETTINGS" "$DASHBOARD_CREDENTIALS"/* || true
+    } 2>/dev/null | sha256sum | cut -d ' ' -f 1)
+    if [[ $wanted != $(cat "$BASE/dashboard" 2>/dev/null || true) ]]; then
+        change "$DASHBOARD restarted" systemctl restart "$DASHBOARD" || note "$DASHBOARD did not come back: journalctl -u $DASHBOARD"
+        remember dashboard <<<"$wanted"
+    fi
+}
+
 # The Apply Layer loads the gate that fails closed only when it starts; one that is stopped stays stopped.
 restart_apply_layer() {
     if [[ $start == no || $release == $(cat "$BASE/applied" 2>/dev/null || true) ]]; then
@@ -612,6 +652,7 @@ do_install() {
     install_units "$here/deploy"
     enable_units
     start_services
+    restart_dashboard
     restart_apply_layer
     prune_releases
     if ((changes == 0)); then
@@ -634,6 +675,7 @@ do_rollback() {
     for_people "$BASE/$before/deploy"
     install_units "$BASE/$before/deploy"
     start_services
+    restart_dashboard
     say "rolled back to $release; installing the tree of the other one again would return to it"
 }
 
@@ -665,7 +707,7 @@ do_uninstall() {
     confirm_uninstall
     read_settings "$CURRENT"
     if systemd_runs; then
-        for unit in "$SERVICE" "$SOCKET" quantum-governor-deadman.service; do
+        for unit in "$DASHBOARD" "$SERVICE" "$SOCKET" quantum-governor-deadman.service; do
             if active "$unit" || [[ -e $UNITS/$unit ]]; then
                 change "$unit stopped" systemctl stop "$unit" || note "$unit could not be stopped"
             fi
@@ -676,8 +718,8 @@ do_uninstall() {
             systemctl stop 'system-quantum\x2dgovernor\x2ddisarm.slice' || true
         fi
     fi
-    for unit in "$SERVICE" "$SOCKET"; do
-        if [[ -e $UNITS/$unit ]]; then
+    for unit in "$DASHBOARD" "$SERVICE" "$SOCKET"; do
+        if [[ -e $UNITS/$unit ]] && { [[ $unit != "$DASHBOARD" ]] || systemctl is-enabled --quiet "$unit" 2>/dev/null; }; then
             change "$unit does not start at boot any more" systemctl --quiet disable "$unit" || note "$unit could not be disabled"
         fi
     done
@@ -704,10 +746,12 @@ do_uninstall() {
     remove "$config_path.lock"
     remove "$config_path.disarm-pending"
     if [[ $keep_data == yes ]]; then
-        note "kept: $SETTINGS, $CREDENTIALS, $STATE, and the user $ACCOUNT they belong to"
+        note "kept: $SETTINGS, $CREDENTIALS, those of the dashboard, $STATE, and the user $ACCOUNT they belong to"
     else
         remove "$SETTINGS"
         remove "$CREDENTIALS"
+        remove "$DASHBOARD_SETTINGS"
+        remove "$DASHBOARD_CREDENTIALS"
         remove "$STATE"
         remove "$HELPER_STATE"
         remove_account

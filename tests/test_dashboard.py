@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from governor.connection import connected, ledger_on
+from governor.settings import load
 from tests.conftest import NewServer
 from tests.daemon import Daemon, daemon, events_of, publish, wait_for
 from tests.dashboard import TOKEN, Dashboard, dashboard, free_port, token_file, watching
@@ -166,6 +169,29 @@ def test_a_plan_is_explained_as_the_command_does(scene: Scene) -> None:
     assert scene.board.http.get("/api/plans/" + "x" * 600).status_code == 404
 
 
+def test_of_a_trimmed_stream_it_shows_what_the_checkpoint_and_the_rest_say(scene: Scene) -> None:
+    with scene.server.client() as client:
+        for name in ("p1", "p2"):
+            publish(client, name, "BTCUSDT")
+        scene.board.wait(lambda seen: len(seen["plans"]) == 2)
+        settings = load({"REDIS_PORT": str(scene.server.port), "HOME": str(scene.daemon.home)})
+
+        async def checkpoint() -> None:
+            async with connected(settings) as connection:
+                ledger = ledger_on(connection, settings)
+                await ledger.open()
+                await ledger.write_checkpoint()
+
+        asyncio.run(checkpoint())
+        client.xtrim("quantum:stream:governor.events", minid="4-0", approximate=False)
+    with dashboard(scene.daemon.home, scene.daemon.environ) as board:
+        told = board.ready()
+        assert told["status"]["counts"]["plans"] == 2
+        assert [row["plan_id"] for row in told["plans"]] == ["p2"]
+        assert board.http.get("/api/plans/p2").json()["decision"]["verdict"] == "EXECUTE"
+        assert board.http.get("/api/plans/p1").status_code == 404
+
+
 def test_a_person_with_the_token_disarms_and_re_arms_and_is_recorded(scene: Scene) -> None:
     board = scene.board
     assert board.login("not-the-token-at-all").status_code == 401
@@ -224,6 +250,21 @@ def test_the_feed_goes_on_while_a_disarm_takes_its_time(scene: Scene) -> None:
         assert not asked.done()
         (scene.daemon.home / "go").touch()
         assert asked.result(30).json()["done"] is True
+
+
+def test_a_disarm_of_an_emptied_stream_pulls_the_brake_and_begins_no_second_history(scene: Scene) -> None:
+    scene.daemon.kill()
+    scene.board.login()
+    with scene.server.client() as client:
+        client.flushall()
+        scene.board.wait(lambda seen: seen["status"]["state"] is None and seen["health"]["events"]["trusted"])
+        told = scene.board.http.post("/api/disarm", json={"reason": "what is this"}).json()
+        assert (told["code"], told["done"], told["state"]) == (1, False, None)
+        assert client.exists("quantum:stream:governor.events") == 0
+        scene.daemon.start()
+        seen = scene.board.wait(lambda seen: seen["status"]["disarm"] and seen["status"]["disarm"]["done"])
+    assert (seen["status"]["reason"], seen["status"]["disarm"]["operator"]) == ("what is this", "dashboard:127.0.0.1")
+    assert seen["health"]["events"]["began_again"]
 
 
 def test_it_writes_nothing_and_needs_no_more_than_to_read(tmp_path: Path) -> None:

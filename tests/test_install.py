@@ -37,6 +37,7 @@ UNITS = (
     "quantum-governor-disarm.socket",
     "quantum-governor-disarm@.service",
     "quantum-governor-deadman.service",
+    "quantum-governor-dashboard.service",
 )
 
 SYSTEMCTL = r"""#!/bin/bash
@@ -630,6 +631,51 @@ def test_an_apply_layer_elsewhere_gets_drop_ins(host: Host) -> None:
     assert list(units.glob("quantum*.d/paths.conf")) == []
 
 
+# -- the dashboard ----------------------------------------------------------------------------------------------------
+
+DASHBOARD = "quantum-governor-dashboard.service"
+
+
+def test_the_dashboard_can_be_started_and_is_not(running: Host) -> None:
+    assert running.path(f"/etc/systemd/system/{DASHBOARD}").exists()
+    assert not (running.stand_in / f"enabled.{DASHBOARD}").exists()
+    assert not (running.stand_in / f"active.{DASHBOARD}").exists()
+    said = running.run("/opt/quantum/governor/current/venv/bin/python", "-I", "-m", "governor", "dashboard", "--help")
+    assert "DASHBOARD_TOKEN_FILE" in said
+    imports = "import governor.dashboard.serving"
+    running.run("/opt/quantum/governor/current/venv/bin/python", "-I", "-c", imports)
+
+
+def test_the_dashboard_gets_its_own_secrets_before_the_governors_and_never_the_exchanges(host: Host) -> None:
+    host.write("/etc/quantum/testnet.env", TESTNET, 0o600)
+    for name in ("REDIS_PASSWORD", "GOV_AUDIT_KEY"):
+        host.write(f"/etc/quantum/governor.credentials/{name}", "governors\n", 0o600)
+    for name in ("REDIS_PASSWORD", "DASHBOARD_TOKEN"):
+        host.write(f"/etc/quantum/dashboard.credentials/{name}", "the dashboards own\n", 0o644)
+    host.install("--no-start")
+    own, governors = "/etc/quantum/dashboard.credentials", "/etc/quantum/governor.credentials"
+    drop_in = host.path(f"/etc/systemd/system/{DASHBOARD}.d/credentials.conf").read_text()
+    assert drop_in.splitlines()[2:] == [
+        f"LoadCredential=REDIS_PASSWORD:{own}/REDIS_PASSWORD",
+        f"LoadCredential=GOV_AUDIT_KEY:{governors}/GOV_AUDIT_KEY",
+        f"LoadCredential=DASHBOARD_TOKEN:{own}/DASHBOARD_TOKEN",
+        "Environment=DASHBOARD_TOKEN_FILE=%d/DASHBOARD_TOKEN",
+    ]
+    for path in (own, f"{own}/DASHBOARD_TOKEN"):
+        assert host.path(path).stat().st_mode & 0o077 == 0
+
+
+def test_a_dashboard_that_runs_is_restarted_with_what_it_shows_and_with_nothing_else(running: Host) -> None:
+    (running.stand_in / f"active.{DASHBOARD}").touch()
+    running.install("--no-proof")
+    assert running.acted() == [f"restart {DASHBOARD}"]
+    running.install("--no-proof")
+    assert running.acted() == []
+    running.write("/etc/quantum/dashboard.env", "DASHBOARD_PORT=8055\n")
+    running.install("--no-proof")
+    assert running.acted() == [f"restart {DASHBOARD}"]
+
+
 # -- when it goes wrong -----------------------------------------------------------------------------------------------
 
 
@@ -858,6 +904,7 @@ def test_the_locked_packages_are_those_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     for name, wanted in (
         ("requirements.txt", project["project"]["dependencies"]),
+        ("requirements.txt", project["project"]["optional-dependencies"]["dashboard"]),
         ("requirements-build.txt", project["build-system"]["requires"]),
     ):
         text = (DEPLOY / name).read_text()
@@ -869,15 +916,16 @@ def test_the_locked_packages_are_those_the_project_asks_for() -> None:
         assert "://" not in text
 
 
-def test_the_unit_is_hardened() -> None:
+@pytest.mark.parametrize("unit", ["quantum-governor.service", "quantum-governor-dashboard.service"])
+def test_the_unit_is_hardened(unit: str) -> None:
     host_can()
     said = subprocess.run(
-        ["systemd-analyze", "security", "--offline=yes", "--no-pager", DEPLOY / "systemd/quantum-governor.service"],
+        ["systemd-analyze", "security", "--offline=yes", "--no-pager", DEPLOY / "systemd" / unit],
         capture_output=True,
         text=True,
         check=False,
     ).stdout
-    found = re.search(r"exposure level for quantum-governor.service: ([\d.]+)", said)
+    found = re.search(rf"exposure level for {unit}: ([\d.]+)", said)
     assert found, said
     assert float(found[1]) <= 1.5
 

@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from events.codec import decode, dumps
 from events.reading import pages
-from events.store import StoreError
-from governor.connection import store_on
+from events.store import EventStore, StoreError, UnavailableError
+from governor.connection import store_on, stream_on
 from governor.dashboard.board import Board
 from governor.dashboard.control import Control
 from governor.dashboard.guard import Guard, error, hosts_of
@@ -88,7 +88,7 @@ class Pages:
         if len(plan_id) > PLAN_ID:
             return error(f"a plan_id has at most {PLAN_ID} characters", 404)
         explainer = Explainer(plan_id)
-        store = store_on(self._client, self._settings)
+        store = await _history(self._client, self._settings)
         async with contextlib.aclosing(pages(store, 0)) as read:
             async for entries in read:
                 for entry in entries:
@@ -98,6 +98,18 @@ class Pages:
         if not told["known"]:
             return error("\n".join(lines(told)), 404)
         return _json(dumps(told | {"lines": lines(told)}))
+
+
+async def _history(client: redis.asyncio.Redis, settings: Settings) -> EventStore:
+    """The events with the archive before them, where it can be read; else as far back as Redis has them."""
+    whole = store_on(client, settings)
+    try:
+        await whole.read(0, limit=1)
+    except UnavailableError:
+        raise
+    except (StoreError, OSError):
+        return stream_on(client, settings)
+    return whole
 
 
 class Static(StaticFiles):

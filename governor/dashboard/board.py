@@ -39,6 +39,7 @@ class Board:
     def __init__(self, settings: Settings, feed: Feed, vitals: Vitals, *, version: str, controls: bool) -> None:
         self._feed, self._vitals = feed, vitals
         self._control = {logged_in: dumps({"enabled": controls, "logged_in": logged_in}) for logged_in in (False, True)}
+        self._settings = settings
         self._about = about(settings, version)
         self._made: tuple[int, float, bytes] | None = None
 
@@ -78,7 +79,8 @@ class Board:
         return {
             "now": at / 1e6,
             "status": self._feed.status(at),
-            "health": {"events": self._feed.health()} | self._vitals.health(self._feed.latency_s),
+            "health": {"events": self._feed.health()}
+            | self._vitals.health(self._feed.latency_s, credentials=self._feed.credentials),
             "last_disarm": self._feed.day.last_disarm,
         }
 
@@ -86,7 +88,7 @@ class Board:
         day = self._feed.day
         return self._now(at) | {
             "seq": self.seq,
-            "about": self._about,
+            "about": self._about | {"exchange": self._settings.base_url if self._feed.credentials else None},
             "plans": list(reversed(day.plans.values())),
             "incidents": list(reversed(day.incidents)),
             "chart": self._chart(at),
@@ -104,7 +106,6 @@ def about(settings: Settings, version: str) -> dict[str, Any]:
         "host": host,
         "prefix": settings.key_prefix,
         "redis": place(settings),
-        "exchange": settings.base_url if settings.credentials else None,
         "apply_config_path": str(settings.apply_config_path),
         "apply_service": settings.apply_service,
         "page_title": f"Governor {settings.key_prefix} on {host}",

@@ -13,9 +13,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from events.codec import dumps
-from events.store import StoreError
+from events.store import StoreError, Write
 from events.types import Rearmed
 from governor import by_hand, decider
+from governor.connection import connected, ledger_on, now
 from governor.dashboard.board import Board
 from governor.dashboard.feed import Feed
 from governor.dashboard.guard import address, error, foreign
@@ -159,6 +160,9 @@ class Control:
             return error("say why; it is recorded", 400)
         operator = self._operator(request)
         log.warning("disarm asked for", operator=operator, reason=reason)
+        state = self._feed.state
+        if self._feed.error is None and state is not None and not state.seq:
+            return await self._carry_out(lambda: brake(self._settings, reason=reason, operator=operator))
         return await self._carry_out(lambda: by_hand.disarm(self._settings, reason=reason, operator=operator))
 
     async def preview(self, request: Request) -> Response:
@@ -210,6 +214,26 @@ class Control:
         if told["code"] and refused != 200:
             return error(told["message"], refused)
         return _answer(told)
+
+
+async def brake(settings: Settings, *, reason: str, operator: str) -> dict[str, Any]:
+    """Stop where there are no events: whoever wrote one would begin a history beside the one the daemon writes back.
+
+    Returns:
+        What to tell, as `by_hand.disarm` does.
+
+    Raises:
+        StoreError: Redis is not reachable.
+    """
+    async with connected(settings, answer_s=by_hand.REDIS_S) as client:
+        ledger = ledger_on(client, settings)
+        value = dumps({"operator": operator, "reason": reason, "noted_us": now()})
+        await ledger.store.write([Write("set", ledger.keys.halt, (value,))])
+    return {
+        "state": None, "epoch": None, "reason": reason, "operator": operator, "done": False, "code": 1,
+        "message": "There is no event: the emergency brake is set, nothing is permitted. The daemon disarms when it "
+        "has written its events back; until then the Apply Layer is as it was.",
+    }  # fmt: skip
 
 
 def refusal_of(feed: Feed) -> str | None:

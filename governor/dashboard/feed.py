@@ -147,6 +147,12 @@ class Feed:
             told |= {"state": None, "since": None, "epoch": None}
         return told | {"halted": self.halted}
 
+    @property
+    def credentials(self) -> bool:
+        """Whether the governor asks the exchange: as the events have it, else as the settings here do."""
+        state = self.state
+        return self.settings.credentials if state is None else self._policy(state).credentials
+
     def _policy(self, state: State) -> Policy:
         digest = state.settings.digest if state.settings is not None else None
         if digest is None or digest != self._rules[0]:
@@ -181,12 +187,12 @@ async def _read_day(store: EventStore, ledger: Ledger, day: Day) -> None:
     if since >= end.seq:
         return
     head = chain.GENESIS
-    if since:
-        # The one before: it is not shown, but what follows is held against its hash.
-        before = await store.read(since - 1, limit=1)
-        if not before or before[0].seq >= end.seq:
-            return
-        head = Head(before[0].seq, before[0].hash)
+    (first,) = await store.read(max(0, since - 1), limit=1) or (None,)
+    if first is None or first.seq > end.seq:
+        return
+    if since or first.seq > 1:
+        # It is not shown, but what follows is held against its hash: the one before it may be gone from the stream.
+        head = Head(first.seq, first.hash)
     try:
         async with contextlib.aclosing(pages(store, head.seq)) as read:
             async for entries in read:

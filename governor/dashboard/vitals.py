@@ -49,11 +49,16 @@ class Vitals:
         self._memory: int | None = None
         self._durable: str | None = None
 
-    def health(self, redis_latency_s: float | None) -> dict[str, Any]:
-        """The document's part `health`, but for the events."""
+    def health(self, redis_latency_s: float | None, *, credentials: bool) -> dict[str, Any]:
+        """The document's part `health`, but for the events.
+
+        Args:
+            redis_latency_s: how long Redis took for an answer.
+            credentials: whether the daemon asks the exchange.
+        """
         return {
             "daemon": self._daemon,
-            "exchange": self._exchange(),
+            "exchange": {"configured": credentials} | self._exchange(),
             "redis": {
                 "latency_ms": None if redis_latency_s is None else round(redis_latency_s * 1e3, 3),
                 "memory_bytes": self._memory,
@@ -106,14 +111,14 @@ class Vitals:
             self._durable = self._memory = None
 
     def _exchange(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"configured": self._settings.credentials}
         found = self._metrics or {}
         calls = self._calls.over(HOUR_S)
-        told["weight_used"] = found.get("exchange_weight_used")
-        told["weight_limit"] = found.get("exchange_weight_limit") or None
-        told["errors_1h"] = None if self._metrics is None else self._exchange_errors.over(HOUR_S)
-        told["latency_ms"] = round(self._call_seconds.over(HOUR_S) / calls * 1e3, 3) if found and calls else None
-        return told
+        return {
+            "weight_used": found.get("exchange_weight_used"),
+            "weight_limit": found.get("exchange_weight_limit") or None,
+            "errors_1h": None if self._metrics is None else self._exchange_errors.over(HOUR_S),
+            "latency_ms": round(self._call_seconds.over(HOUR_S) / calls * 1e3, 3) if found and calls else None,
+        }
 
     def _journal(self) -> dict[str, Any]:
         found = self._metrics or {}
