@@ -62,8 +62,8 @@ def append(client: redis.Redis, entries: list[Entry]) -> None:
 @contextlib.asynccontextmanager
 async def following(server: RedisServer, **environ: str) -> AsyncIterator[Feed]:
     settings = load({"REDIS_HOST": server.host, "REDIS_PORT": str(server.port), "HOME": "/nowhere", **environ})
-    async with connected(settings, answer_s=2) as client:
-        feed = Feed(settings, client)
+    async with connected(settings, answer_s=2) as connection:
+        feed = Feed(settings, connection)
         task = asyncio.create_task(feed.run())
         try:
             yield feed
@@ -95,16 +95,16 @@ def shown(feed: Feed, at: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_a_random_history_is_folded_and_shown_the_same_followed_read_at_once_or_from_a_checkpoint(
-    seed: int, flushed: RedisServer, flushed_client: redis.Redis
+    seed: int, flushed: RedisServer, client: redis.Redis
 ) -> None:
     entries = stored(happened(seed))
     half = len(entries) // 2
     everything = fold(map(decode, entries))
-    append(flushed_client, entries[:half])
+    append(client, entries[:half])
     async with following(flushed) as live:
         await until(lambda: at_event(live, half))
         for part in range(half, len(entries), 97):
-            append(flushed_client, entries[part : part + 97])
+            append(client, entries[part : part + 97])
             await until(lambda part=part: at_event(live, min(part + 97, len(entries))))  # type: ignore[misc]
         assert live.state is not None
         assert digest(live.state) == digest(everything)
@@ -116,8 +116,8 @@ async def test_a_random_history_is_folded_and_shown_the_same_followed_read_at_on
             at = now()
             assert shown(late, at) == shown(live, at)
             assert {**live.status(at), "symbols": ...} == {**late.status(at), "symbols": ...}
-        async with connected(live.settings, answer_s=2) as client:
-            ledger = ledger_on(client, live.settings)
+        async with connected(live.settings, answer_s=2) as connection:
+            ledger = ledger_on(connection, live.settings)
             await ledger.open()
             await ledger.write_checkpoint()
         async with following(flushed) as quick:
@@ -129,11 +129,11 @@ async def test_a_random_history_is_folded_and_shown_the_same_followed_read_at_on
 
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_rows_and_chart_add_up_to_what_the_state_has(
-    seed: int, flushed: RedisServer, flushed_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    seed: int, flushed: RedisServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("governor.dashboard.day.PLANS_KEPT", 1_000_000)
     entries = stored(happened(seed))
-    append(flushed_client, entries)
+    append(client, entries)
     async with following(flushed) as feed:
         await until(lambda: at_event(feed, len(entries)))
         state = feed.state
@@ -165,12 +165,12 @@ async def test_rows_and_chart_add_up_to_what_the_state_has(
 
 
 async def test_only_the_last_day_and_only_so_many_events_are_read_for_rows(
-    flushed: RedisServer, flushed_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    flushed: RedisServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = list(happened(0))
     older = [(at - 30 * HOUR_US, event) for at, event in events[:200]]
     entries = stored(older + events)
-    append(flushed_client, entries)
+    append(client, entries)
     first = next(seq for seq, entry in enumerate(entries, 1) if decode(entry).at >= now() - 24 * HOUR_US)
     async with following(flushed) as feed:
         await until(lambda: at_event(feed, len(entries)))
@@ -185,13 +185,13 @@ async def test_only_the_last_day_and_only_so_many_events_are_read_for_rows(
 
 
 async def test_a_disarm_in_force_is_shown_with_its_proof_however_long_ago_it_began(
-    flushed: RedisServer, flushed_client: redis.Redis
+    flushed: RedisServer, client: redis.Redis
 ) -> None:
     events = list(happened(0))
     names = [event.NAME for _, event in events]
     end = next(i for i, name in enumerate(names) if name in ("AUTO_DISARM", "MANUAL_DISARM")) + 1
     entries = stored([(at - 100 * HOUR_US, event) for at, event in events[:end]])
-    append(flushed_client, entries)
+    append(client, entries)
     async with following(flushed) as feed:
         await until(lambda: at_event(feed, end))
         assert not feed.day.plans
@@ -200,13 +200,13 @@ async def test_a_disarm_in_force_is_shown_with_its_proof_however_long_ago_it_beg
 
 
 async def test_a_broken_chain_is_shown_as_such_with_the_last_state_that_held(
-    flushed: RedisServer, flushed_client: redis.Redis
+    flushed: RedisServer, client: redis.Redis
 ) -> None:
     entries = stored(happened(1))
-    append(flushed_client, entries[:-1])
+    append(client, entries[:-1])
     async with following(flushed) as feed:
         await until(lambda: at_event(feed, len(entries) - 1))
-        append(flushed_client, [entries[-1]._replace(hash="0" * 64)])
+        append(client, [entries[-1]._replace(hash="0" * 64)])
         await until(lambda: feed.error is not None)
         told = feed.health()
         assert (told["reachable"], told["trusted"]) == (True, False)
@@ -215,54 +215,54 @@ async def test_a_broken_chain_is_shown_as_such_with_the_last_state_that_held(
         assert feed.state.seq == len(entries) - 1
         assert feed.status(now())["state"] is not None
         await until(lambda: feed.began_again is not None)
-        flushed_client.delete(STREAM)
-        append(flushed_client, entries)
+        client.delete(STREAM)
+        append(client, entries)
         await until(lambda: at_event(feed, len(entries)))
         assert feed.health()["trusted"]
 
 
 async def test_an_emptied_stream_and_one_that_came_back_are_followed_and_told(
-    flushed: RedisServer, flushed_client: redis.Redis
+    flushed: RedisServer, client: redis.Redis
 ) -> None:
     entries = stored(happened(1))
-    append(flushed_client, entries)
+    append(client, entries)
     async with following(flushed) as feed:
         await until(lambda: at_event(feed, len(entries)))
-        flushed_client.delete(STREAM)
+        client.delete(STREAM)
         await until(lambda: at_event(feed, 0))
         assert feed.began_again is not None
         assert "the event stream ends at event 0" in feed.began_again["why"]
         assert feed.status(now())["state"] is None
         assert not feed.day.plans
-        fill(flushed_client, entries)
+        fill(client, entries)
         await until(lambda: at_event(feed, len(entries)))
         assert feed.state is not None
         assert digest(feed.state) == digest(fold(map(decode, entries)))
         assert feed.day.plans
 
 
-async def test_a_shorter_history_than_the_one_seen_is_told(flushed: RedisServer, flushed_client: redis.Redis) -> None:
+async def test_a_shorter_history_than_the_one_seen_is_told(flushed: RedisServer, client: redis.Redis) -> None:
     entries = stored(happened(1))
-    append(flushed_client, entries)
+    append(client, entries)
     async with following(flushed) as feed:
         await until(lambda: at_event(feed, len(entries)))
-        flushed_client.delete(STREAM)
-        append(flushed_client, entries[:-10])
+        client.delete(STREAM)
+        append(client, entries[:-10])
         await until(lambda: at_event(feed, len(entries) - 10))
         assert feed.began_again is not None
         assert f"after event {len(entries)} had been seen" in feed.began_again["why"]
 
 
 async def test_an_event_of_a_newer_program_is_told_and_does_not_end_the_feed(
-    flushed: RedisServer, flushed_client: redis.Redis
+    flushed: RedisServer, client: redis.Redis
 ) -> None:
     entries = stored(happened(1))
-    append(flushed_client, entries[:20])
+    append(client, entries[:20])
     async with following(flushed) as feed:
         await until(lambda: at_event(feed, 20))
         head = Head(entries[19].seq, entries[19].hash)
         strange = encode(decode(entries[0]).event, after=head, at=now())
-        flushed_client.xadd(
+        client.xadd(
             STREAM,
             {"event": "TELEPORTED", "seq": 21, "timestamp": strange.timestamp, "data": "{}", "hash": strange.hash},
             id="21-0",

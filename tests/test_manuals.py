@@ -70,8 +70,8 @@ def test_every_command_a_page_shows_exists_with_its_options(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_every_setting_a_page_names_exists(name: str) -> None:
-    named = set(re.findall(r"\b(?:GOV|REDIS|BINANCE|APPLY|METRICS)_[A-Z0-9_]*[A-Z0-9]\b", PAGES[name]))
-    elsewhere = {"APPLY_MODE", *EVENTS}
+    named = set(re.findall(r"\b(?:GOV|REDIS|BINANCE|APPLY|METRICS|DASHBOARD)_[A-Z0-9_]*[A-Z0-9]\b", PAGES[name]))
+    elsewhere = {"APPLY_MODE", "DASHBOARD_TOKEN", *EVENTS}
     assert {
         setting for setting in named if not any(known.startswith(setting) for known in SETTINGS)
     } - elsewhere == set()
