@@ -63,14 +63,19 @@ def explain(plan_id: str, events: Iterable[Recorded]) -> dict[str, Any]:
 
 
 class Explainer:
-    """Collects one plan's life from the events, in the order of the stream."""
+    """Collects one plan's life from the events, in the order of the stream.
 
-    def __init__(self, plan_id: str) -> None:
+    Args:
+        plan_id: which plan.
+        state: where the events fed do not begin with the first one: the state before them. It is folded on.
+    """
+
+    def __init__(self, plan_id: str, *, state: State | None = None) -> None:
         self.plan_id = plan_id.encode(errors="replace").decode()
         self.decided = False
         """Whether the plan's one decision and what followed from it are known: no more state is needed."""
         self._needle = dumps(self.plan_id)[1:-1]
-        self._state: State | None = initial()
+        self._state: State | None = initial() if state is None else state
         self._mine: list[Recorded] = []
         self._received: Recorded | None = None
         self._lives: list[dict[str, Any]] = []

@@ -22,6 +22,7 @@ from governor.dashboard import feed as feeds
 from governor.dashboard.chart import STEP_US, STEPS
 from governor.dashboard.feed import Feed
 from governor.dashboard.incidents import incident
+from governor.explain import Explainer, explain
 from governor.settings import load
 from projections.state import digest, fold
 from tests.servers import RedisServer
@@ -162,6 +163,31 @@ async def test_rows_and_chart_add_up_to_what_the_state_has(
         assert plan is not None
         assert permit["status"] == plan.permit or plan_id in again
     assert [row["seq"] for row in feed.day.plans.values()] == sorted(row["seq"] for row in feed.day.plans.values())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_a_plan_is_explained_from_a_state_kept_before_it_as_from_the_first_event(
+    seed: int, flushed: RedisServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "ANCHOR_EVENTS", 20)
+    entries = stored(happened(seed))
+    append(client, entries[:30])
+    quick = 0
+    async with following(flushed) as feed:
+        await until(lambda: at_event(feed, 30))
+        append(client, entries[30:])
+        await until(lambda: at_event(feed, len(entries)))
+        for plan_id in {row["plan_id"] for row in feed.day.plans.values() if row["plan_id"]}:
+            state = feed.before(plan_id)
+            if state is None:
+                continue
+            quick += 1
+            short = Explainer(plan_id, state=state)
+            for entry in entries[state.seq :]:
+                if short.wants(entry):
+                    short.feed(decode(entry))
+            assert short.finish() == explain(plan_id, map(decode, entries))
+    assert quick > 20
 
 
 async def test_only_the_last_day_and_only_so_many_events_are_read_for_rows(

@@ -87,9 +87,10 @@ class Pages:
     async def _explained(self, plan_id: str) -> Response:
         if len(plan_id) > PLAN_ID:
             return error(f"a plan_id has at most {PLAN_ID} characters", 404)
-        explainer = Explainer(plan_id)
+        state = self._board.feed.before(plan_id)
+        explainer = Explainer(plan_id, state=state)
         store = await _history(self._client, self._settings)
-        async with contextlib.aclosing(pages(store, 0)) as read:
+        async with contextlib.aclosing(pages(store, 0 if state is None else state.seq)) as read:
             async for entries in read:
                 for entry in entries:
                     if explainer.wants(entry):

@@ -37,7 +37,7 @@ class Board:
     """
 
     def __init__(self, settings: Settings, feed: Feed, vitals: Vitals, *, version: str, controls: bool) -> None:
-        self._feed, self._vitals = feed, vitals
+        self.feed, self._vitals = feed, vitals
         self._control = {logged_in: dumps({"enabled": controls, "logged_in": logged_in}) for logged_in in (False, True)}
         self._settings = settings
         self._about = about(settings, version)
@@ -46,7 +46,7 @@ class Board:
     @property
     def seq(self) -> int:
         """The last event that is known."""
-        state = self._feed.state
+        state = self.feed.state
         return 0 if state is None else state.seq
 
     def control(self, *, logged_in: bool) -> bytes:
@@ -56,8 +56,8 @@ class Board:
     def snapshot(self, *, logged_in: bool) -> bytes:
         """The full document."""
         made = self._made
-        if made is None or made[0] != self._feed.version or time.monotonic() - made[1] > TICK_S:
-            made = self._made = (self._feed.version, time.monotonic(), dumps(self._document(now())))
+        if made is None or made[0] != self.feed.version or time.monotonic() - made[1] > TICK_S:
+            made = self._made = (self.feed.version, time.monotonic(), dumps(self._document(now())))
         return self._with_control(made[2], logged_in=logged_in)
 
     def chart(self) -> bytes:
@@ -78,24 +78,24 @@ class Board:
     def _now(self, at: int) -> dict[str, Any]:
         return {
             "now": at / 1e6,
-            "status": self._feed.status(at),
-            "health": {"events": self._feed.health()}
-            | self._vitals.health(self._feed.latency_s, credentials=self._feed.credentials),
-            "last_disarm": self._feed.day.last_disarm,
+            "status": self.feed.status(at),
+            "health": {"events": self.feed.health()}
+            | self._vitals.health(self.feed.latency_s, credentials=self.feed.credentials),
+            "last_disarm": self.feed.day.last_disarm,
         }
 
     def _document(self, at: int) -> dict[str, Any]:
-        day = self._feed.day
+        day = self.feed.day
         return self._now(at) | {
             "seq": self.seq,
-            "about": self._about | {"exchange": self._settings.base_url if self._feed.credentials else None},
+            "about": self._about | {"exchange": self._settings.base_url if self.feed.credentials else None},
             "plans": list(reversed(day.plans.values())),
             "incidents": list(reversed(day.incidents)),
             "chart": self._chart(at),
         }
 
     def _chart(self, at: int) -> dict[str, Any]:
-        return self._feed.day.chart.told(self._feed.state or initial(), at)
+        return self.feed.day.chart.told(self.feed.state or initial(), at)
 
 
 def about(settings: Settings, version: str) -> dict[str, Any]:

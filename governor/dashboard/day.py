@@ -10,6 +10,7 @@ from events.types import (
     Decision,
     DisarmFailed,
     DisarmStarted,
+    ErrorRecorded,
     Event,
     Execution,
     ManualDisarm,
@@ -19,6 +20,7 @@ from events.types import (
     PlanRejected,
     Rearmed,
     Recorded,
+    UnpermittedExecution,
 )
 from governor.dashboard.chart import Chart
 from governor.dashboard.incidents import incident
@@ -27,6 +29,7 @@ from governor.plans import entry_time
 PLANS_KEPT = 500
 INCIDENTS_KEPT = 200
 SYMBOLS_KEPT = 5_000
+ODD_KEPT = 10_000
 
 _SETTLED = {PermitConsumed.NAME: "consumed", PermitExpired.NAME: "expired", PermitRevoked.NAME: "revoked"}
 
@@ -42,6 +45,8 @@ class Day:
         self.last: OrderedDict[str, dict[str, Any]] = OrderedDict()
         """The last verdict of each symbol."""
         self.last_disarm: dict[str, Any] | None = None
+        self.odd: OrderedDict[str, None] = OrderedDict()
+        """Plans that something was told of which may have come before their decision."""
         self._permits: dict[str, int] = {}
         self._changed: set[int] = set()
         self._new: list[dict[str, Any]] = []
@@ -56,6 +61,10 @@ class Day:
             self._settle(event.plan_id, _SETTLED[event.NAME])
         elif isinstance(event, Execution) and event.counted:
             self._settle(event.plan_id, "consumed")
+        if isinstance(event, Execution | UnpermittedExecution | ErrorRecorded) and event.plan_id not in self._permits:
+            self.odd[event.plan_id or ""] = None
+            if len(self.odd) > ODD_KEPT:
+                self.odd.popitem(last=False)
         self.note_disarm(recorded)
         if (told := incident(recorded)) is not None:
             self.incidents.append(told)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from typing import Any
 
 import redis.asyncio
@@ -30,6 +31,7 @@ from governor.logs import Logger
 from governor.policy import Policy
 from governor.settings import Settings
 from governor.status import describe, policy_of
+from projections import checkpoint
 from projections.state import DISARMED, State
 
 log = Logger("governor.dashboard")
@@ -42,6 +44,9 @@ ANEW_S = (0.2, 1.0, 5.0, 15.0)
 """How long it waits before it begins again from the stream; the last one from then on."""
 EVENTS_READ = 100_000
 """At most so many events of the last day are read for rows and chart when it begins."""
+ANCHOR_EVENTS = 5_000
+"""So many events apart the state is kept as it was, to explain a plan from there and not from the first event."""
+ANCHORS = 40
 PROOF_WITHIN = 5_000
 """The proof of a disarm that is older than a day is looked for in so many events after it."""
 
@@ -68,6 +73,8 @@ class Feed:
         self.reachable = False
         self.began_again: dict[str, Any] | None = None
         """When it last had to begin again from the stream, and why."""
+        self._anchors: deque[tuple[int, bytes]] = deque(maxlen=ANCHORS)
+        """The state at some events, as checkpoints; oldest first."""
         self._client = client
         self._ledger: Ledger | None = None
         self._rules: tuple[str | None, Policy] = (None, settings.policy)
@@ -113,16 +120,40 @@ class Feed:
     async def _open(self) -> Ledger:
         """Fold everything up to now, then look at the last day's events once more, for rows and chart."""
         day = Day()
-        ledger = ledger_on(self._client, self.settings, observe=lambda recorded, _state: self._note(day, recorded))
+        ledger = ledger_on(
+            self._client, self.settings, observe=lambda recorded, state: self._note(day, recorded, state)
+        )
         await ledger.open()
         await _read_day(stream_on(self._client, self.settings), ledger, day)
         day.take()
+        self._anchors.clear()
+        if ledger.checkpoint_seq:
+            (value,) = await ledger.store.values(ledger.keys.snapshot)
+            with contextlib.suppress(checkpoint.CheckpointError):
+                state = checkpoint.read(value or b"", key=ledger.audit_key)
+                self._keep(state if state.seq < ledger.state.seq else ledger.state)
+        self._keep(ledger.state)
         self.day = day
         return ledger
 
-    def _note(self, day: Day, recorded: Recorded) -> None:
+    def _note(self, day: Day, recorded: Recorded, state: State) -> None:
         day.note(recorded)
         self.version += 1
+        if not state.seq % ANCHOR_EVENTS:
+            self._keep(state)
+
+    def _keep(self, state: State) -> None:
+        self._anchors.append((state.seq, checkpoint.write(state)))
+
+    def before(self, plan_id: str) -> State | None:
+        """A state from before everything that is shown of a plan, to be folded on; None: only the first one is."""
+        if plan_id in self.day.odd:
+            return None
+        first = min((seq for seq, row in self.day.plans.items() if row["plan_id"] == plan_id), default=0)
+        # Its PLAN_RECEIVED stands right before its decision.
+        found = next((value for seq, value in reversed(self._anchors) if seq < first - 1), None)
+        state = None if found is None else checkpoint.read(found)
+        return state if state is not None and state.plan(plan_id) is None else None
 
     async def _look(self, ledger: Ledger) -> None:
         began = time.perf_counter()
