@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.systemd.desk import (
@@ -27,6 +28,7 @@ from tests.systemd.desk import (
     Desk,
 )
 
+DASHBOARD = "quantum-governor-dashboard.service"
 DROP_INS = "/etc/systemd/system/quantum-governor.service.d"
 SOCKET = "/run/quantum-governor-disarm.sock"
 OURS = ("/etc", "/opt/quantum", "/usr/local")
@@ -122,7 +124,9 @@ def test_the_service_is_a_user_without_any_rights(desk: Desk) -> None:
     assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
 
 
-@pytest.mark.parametrize(("unit", "most"), [(GOVERNOR, 1.5), ("quantum-governor-disarm@.service", 2.0), (DEADMAN, 2.0)])
+@pytest.mark.parametrize(
+    ("unit", "most"), [(GOVERNOR, 1.5), (DASHBOARD, 1.5), ("quantum-governor-disarm@.service", 2.0), (DEADMAN, 2.0)]
+)
 def test_systemd_finds_little_exposed(desk: Desk, unit: str, most: float) -> None:
     said = desk.machine.run("systemd-analyze", "security", "--no-pager", unit.replace("@.", "@1."), check=False).stdout
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", said)
@@ -132,7 +136,7 @@ def test_systemd_finds_little_exposed(desk: Desk, unit: str, most: float) -> Non
 
 def test_systemd_accepts_every_unit(desk: Desk) -> None:
     units = desk.machine.sh("find /etc/systemd/system/quantum-governor* -type f -not -path '*.d/*'").split()
-    assert len(units) == 4
+    assert len(units) == 5
     assert "quantum-governor" not in desk.machine.sh(f"systemd-analyze verify --man=no {' '.join(units)} 2>&1")
 
 
@@ -170,6 +174,56 @@ def test_plans_flow_through_permits_to_executions(desk: Desk) -> None:
         assert desk.event("PERMIT_CONSUMED", plan_id=event["plan_id"])
     with desk.client() as client:
         assert client.llen(f"quantum:governor:exec:{symbol}") == 2
+
+
+def post(desk: Desk, client: httpx.Client, path: str, **told: str) -> httpx.Response:
+    return desk.machine.inside(client.post, path, json=told)
+
+
+def test_the_dashboard_shows_with_a_readers_rights_and_acts_as_a_user_without_any(desk: Desk) -> None:
+    machine, own = desk.machine, "/etc/quantum/dashboard.credentials"
+    page = "http://127.0.0.1:8045"
+    try:
+        machine.sh(f"install -D -m 600 /etc/redis/passwords/dashboard {own}/REDIS_PASSWORD")
+        machine.sh("echo REDIS_USERNAME=dashboard > /etc/quantum/dashboard.env")
+        desk.install("--no-proof")
+        machine.systemctl("start", DASHBOARD)
+
+        def up_to_date() -> Any:
+            status, body = machine.http("/api/snapshot", port=8045)
+            told = json.loads(body) if status == 200 else None
+            fine = told and told["health"]["events"]["trusted"] and told["health"]["daemon"]["ready"]
+            return told if fine else None
+
+        shown = machine.wait_for(up_to_date, what="a dashboard that is up to date")
+        assert shown["control"]["enabled"] is False
+        assert shown["status"]["state"] == "ARMED"
+        pid = machine.property(DASHBOARD, "MainPID")
+        environ = machine.environ(pid) or {}
+        assert not [name for name in environ if name.startswith("BINANCE_TESTNET")]
+        seen = dict(re.findall(r"^(\w+):\s+(.*)$", machine.read(f"/proc/{pid}/status"), re.MULTILINE))
+        assert seen["Uid"].split()[0] not in ("0", machine.sh("id -u quantum-governor").strip())
+        assert [seen[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")] == ["0" * 16] * 4
+        with httpx.Client(base_url=page, headers={"Origin": page, "X-Governor": "1"}, timeout=40) as client:
+            assert post(desk, client, "/api/login", token="x" * 20).status_code == 403
+            machine.sh(
+                f"rm {own}/REDIS_PASSWORD /etc/quantum/dashboard.env\n"
+                f"(umask 077; echo a-token-of-the-machines-own > {own}/DASHBOARD_TOKEN)"
+            )
+            assert f"{DASHBOARD} restarted" in desk.install("--no-proof")
+            assert post(desk, client, "/api/login", token="a-token-of-the-machines-own").status_code == 200
+            done = post(desk, client, "/api/disarm", reason="from the page").json()
+            assert (done["state"], done["done"], done["code"]) == ("DISARMED", True, 0)
+            assert desk.apply_mode() == "dry_run"
+            assert desk.event("MANUAL_DISARM", reason="from the page", operator="dashboard:127.0.0.1")
+            armed = post(desk, client, "/api/rearm", reason="seen", typed="rearm").json()
+            assert (armed["state"], armed["code"]) == ("ARMED", 0)
+            assert desk.apply_mode() == "dry_run"
+        assert "a-token-of-the-machines-own" not in machine.journal()
+    finally:
+        machine.systemctl("stop", DASHBOARD, check=False)
+        machine.sh(f"rm -rf {own} /etc/quantum/dashboard.env")
+        desk.install("--no-proof")
 
 
 def test_a_blocked_plan_leaves_its_reason_for_an_hour(desk: Desk) -> None:
