@@ -437,6 +437,17 @@ async def test_a_stream_begins_with_the_whole_and_ends_with_the_hub() -> None:
     assert not web.hub.clients
 
 
+async def test_what_fails_in_the_background_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(*_: object) -> None:
+        raise RuntimeError("something unexpected")
+
+    monkeypatch.setattr(serving, "publish", fails)
+    settings = load({"HOME": "/nowhere", "REDIS_PORT": "1", "METRICS_PORT": "0", "DASHBOARD_PORT": "0"})
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError, match="something unexpected"):
+            await serving.serve(settings, serving.listen(settings), token=None)
+
+
 # -- the daemon's own routes -----------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,11 @@ def main(settings: Settings) -> int:
             "TLS and DASHBOARD_BEHIND_PROXY",
             host=settings.dashboard_host,
         )
-    asyncio.run(serve(settings, listening, token=token))
+    try:
+        asyncio.run(serve(settings, listening, token=token))
+    except Exception:
+        log.exception("the dashboard failed")
+        return 1
     return 0
 
 
@@ -99,7 +103,11 @@ def listen(settings: Settings) -> socket.socket:
 
 
 async def serve(settings: Settings, listening: socket.socket, *, token: str | None) -> None:
-    """The dashboard's life, on a socket that is open already."""
+    """The dashboard's life, on a socket that is open already.
+
+    Raises:
+        Exception: what goes on in the background failed; a page that stands still would look as if all were quiet.
+    """
     notifier = Notifier()
     async with connected(settings, answer_s=REDIS_S) as events, connected(settings, answer_s=REDIS_S) as asking:
         feed, vitals, hub = Feed(settings, events), Vitals(settings, asking), Hub()
@@ -118,6 +126,8 @@ async def serve(settings: Settings, listening: socket.socket, *, token: str | No
             loop.add_signal_handler(number, stop)
         work = [feed.run(), vitals.run(), publish(board, feed, hub), watch(events), watch(asking)]
         tasks = [loop.create_task(each) for each in work]
+        for task in tasks:
+            task.add_done_callback(lambda done: stop() if not done.cancelled() and done.exception() else None)
         host, port = listening.getsockname()[:2]
         log.info("ready", host=host, dashboard_port=port, control=token is not None)
         notifier.send(READY="1", STATUS=f"on {host} port {port}")
@@ -126,8 +136,11 @@ async def serve(settings: Settings, listening: socket.socket, *, token: str | No
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
         log.info("stopped")
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
 
 
 def config(app: Any) -> uvicorn.Config:

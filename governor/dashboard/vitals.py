@@ -12,7 +12,6 @@ import msgspec
 import redis.asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from events.store import UnavailableError
 from governor.durability import durability
 from governor.settings import Settings
 
@@ -24,6 +23,7 @@ MOST_BYTES = 4_000_000
 """Of an answer; the daemon's metrics with thousands of symbols have less."""
 HOUR_S = 3600.0
 _PREFIX = "quantum_govern_"
+_WANTED = tuple(f"{_PREFIX}{name}" for name in ("exchange_", "journal_up", "quarantined"))
 
 
 class Vitals:
@@ -107,7 +107,7 @@ class Vitals:
             self._durable = (await durability(self._client)).verdict
             info = await self._client.info("memory")
             self._memory = int(info["used_memory"])
-        except (UnavailableError, redis.exceptions.RedisError, OSError, KeyError, ValueError):
+        except Exception:  # noqa: BLE001 - redis-py lets more than its own errors out of broken connections
             self._durable = self._memory = None
 
     def _exchange(self) -> dict[str, Any]:
@@ -160,11 +160,10 @@ class Growth:
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """The daemon's metrics without their prefix, summed over their labels."""
+    """Those of the daemon's metrics that are shown, without their prefix, summed over their labels."""
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        if not family.name.startswith(_PREFIX):
-            continue
+    lines = [line for line in text.splitlines() if line.startswith(_WANTED)]
+    for family in text_string_to_metric_families("".join(f"{line}\n" for line in lines)):
         for sample in family.samples:
             name = sample.name.removeprefix(_PREFIX)
             found[name] = found.get(name, 0.0) + sample.value
