@@ -24,6 +24,7 @@ from tests.conftest import NewServer
 from tests.daemon import Daemon, daemon, events_of, publish, wait_for
 from tests.dashboard import TOKEN, Dashboard, dashboard, free_port, token_file, watching
 from tests.servers import RedisServer
+from tests.test_end_to_end import CREDENTIALS, Exchange
 from tests.test_notify import systemd
 from tests.test_redis_access import Guarded
 
@@ -132,6 +133,28 @@ def test_the_health_of_daemon_journal_and_redis_is_told_and_that_the_daemon_is_a
     assert "/readyz" in told["health"]["daemon"]["error"]
     assert told["health"]["events"]["trusted"]
     scene.board.wait(lambda seen: seen["health"]["journal"]["ok"] is None)
+
+
+def test_the_exchange_is_told_of_without_its_key(new_server: NewServer, tmp_path: Path) -> None:
+    server = new_server("valkey")
+    with Exchange() as exchange, server.client() as client:
+        exchange.set("BTCUSDT", "0.020", "50000")
+        metrics = {"METRICS_PORT": str(free_port())}
+        with daemon(
+            tmp_path, port=server.port, base_url=exchange.base_url, environ=CREDENTIALS | PERMITTING | metrics
+        ) as one:
+            environ = {name: value for name, value in one.environ.items() if name not in CREDENTIALS}
+            with dashboard(tmp_path, environ) as board:
+                publish(client, "p1", "BTCUSDT")
+                told = board.wait(lambda seen: seen["plans"])
+                assert told["about"]["exchange"] == exchange.base_url
+                assert told["plans"][0]["price"] == 50000
+                told = board.wait(lambda seen: seen["health"]["exchange"]["weight_used"], within_s=20)
+    health = told["health"]["exchange"]
+    assert health["configured"] is True
+    assert 0 < health["weight_used"] <= health["weight_limit"]
+    assert health["errors_1h"] == 0
+    assert told["chart"]["notional"][-1] == told["status"]["total_daily_notional"]["used"] == 250
 
 
 def test_it_goes_on_through_an_outage_of_redis_and_says_so(scene: Scene) -> None:
