@@ -305,5 +305,6 @@ def test_every_event_is_a_row_or_an_incident_or_a_part_of_a_plans_life() -> None
             told = incident(recorded)
             assert (told is None) == (recorded.event.NAME in plain), recorded.event.NAME
             if told is not None:
-                assert told["told"]
+                assert isinstance(told["told"], str)
+                assert told["level"] in ("info", "warning", "alarm")
                 assert "\n" not in told["told"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from events.types import (
     ApplyModeDrifted,
@@ -24,9 +24,8 @@ from events.types import (
     Throttled,
     UnpermittedExecution,
 )
+from governor.levels import level_of
 from governor.telling import clean, moment
-
-Level = Literal["info", "warning", "alarm"]
 
 
 def incident(recorded: Recorded) -> dict[str, Any] | None:
@@ -34,76 +33,67 @@ def incident(recorded: Recorded) -> dict[str, Any] | None:
     told = tell(recorded.event)
     if told is None:
         return None
-    level, sentence = told
+    level = level_of(recorded.event)
     return {
         "seq": recorded.seq,
         "at": recorded.at / 1e6,
         "event": recorded.event.NAME,
-        "level": level,
-        "told": sentence,
+        "level": "alarm" if level == "critical" else level,
+        "told": told,
     }
 
 
-def tell(event: Event) -> tuple[Level, str] | None:  # noqa: C901, PLR0911, PLR0912 - one case an event
-    """How serious it is, and the sentence."""
+def tell(event: Event) -> str | None:  # noqa: C901, PLR0911, PLR0912 - one case an event
+    """The sentence."""
     match event:
         case DisarmStarted():
             who = f" by {clean(event.operator)}" if event.operator else ""
-            return (
-                "alarm",
-                f"DISARMED{who}: {clean(event.reason)}{_about(event.context)}. No permits, epoch {event.epoch}.",
-            )
+            return f"DISARMED{who}: {clean(event.reason)}{_about(event.context)}. No permits, epoch {event.epoch}."
         case AutoDisarm() | ManualDisarm():
             notes = "; ".join(clean(str(note)) for note in event.proof.get("notes", ()))
             verified = f"Not verified: {notes}." if notes else "File and service were verified."
-            return "warning", f"The Apply Layer was set to dry run and restarted. {verified}"
+            return f"The Apply Layer was set to dry run and restarted. {verified}"
         case DisarmFailed():
-            return "alarm", (
+            return (
                 f"The Apply Layer could not be forced to dry run, attempt {event.attempt} ({event.step}): "
                 f"{clean(event.error)}"
             )
         case UnpermittedExecution():
-            return "alarm", (
+            return (
                 f"{clean(event.symbol)}: plan {clean(event.plan_id)} was executed without a permit "
                 f"(its permit: {event.permit})."
             )
         case ApplyModeDrifted():
-            return (
-                "alarm",
-                f"While DISARMED the Apply Layer's file was set to APPLY_MODE={clean(event.apply_mode)} by hand.",
-            )
+            return f"While DISARMED the Apply Layer's file was set to APPLY_MODE={clean(event.apply_mode)} by hand."
         case Throttled():
             where = "All symbols" if event.symbol is None else clean(event.symbol)
-            return "warning", f"{where} throttled until {moment(event.until_us / 1e6)}: {clean(event.reason)}."
+            return f"{where} throttled until {moment(event.until_us / 1e6)}: {clean(event.reason)}."
         case ErrorRecorded():
             plan = f" (plan {clean(event.plan_id)})" if event.plan_id else ""
-            return "warning", f"An error counts towards the automatic disarm, {event.kind}: {clean(event.detail)}{plan}"
+            return f"An error counts towards the automatic disarm, {event.kind}: {clean(event.detail)}{plan}"
         case PlanLost():
-            return "warning", f"{event.count} plans were trimmed from the stream before they were decided."
+            return f"{event.count} plans were trimmed from the stream before they were decided."
         case HistoryRestored():
-            return "warning", (
+            return (
                 f"{event.events} events that Redis had lost were written back; no permits until "
                 f"{moment(event.hold_until_us / 1e6)}."
             )
         case HistoryAccepted():
-            return "warning", f"{clean(event.operator)} took Redis' history: {clean(event.reason)}"
+            return f"{clean(event.operator)} took Redis' history: {clean(event.reason)}"
         case Recovered():
-            return "info", "ARMED again: the cool-down of the throttle is over."
+            return "ARMED again: the cool-down of the throttle is over."
         case Rearmed():
             forced = " (forced)" if event.forced else ""
-            return (
-                "info",
-                f"ARMED again by {clean(event.operator)}{forced}: {clean(event.reason)}. Epoch {event.epoch}.",
-            )
+            return f"ARMED again by {clean(event.operator)}{forced}: {clean(event.reason)}. Epoch {event.epoch}."
         case DriftEnded():
-            return "info", "The Apply Layer's file says dry run again."
+            return "The Apply Layer's file says dry run again."
         case ApplyModeRestored():
-            return "info", (
+            return (
                 f"{clean(event.operator)} set APPLY_MODE={clean(event.apply_mode)} again and had the Apply Layer "
                 f"restarted: {clean(event.reason)}"
             )
         case SettingsLoaded():
-            return "info", f"A governor loaded settings {event.digest[:12]} on {clean(event.host) or 'some host'}."
+            return f"A governor loaded settings {event.digest[:12]} on {clean(event.host) or 'some host'}."
         case _:
             return None
 
