@@ -16,7 +16,7 @@ const CHARTS = [
     every: 6,
     format: number,
     series: [
-      ["allowed", "permitted"],
+      ["allowed", "allowed"],
       ["blocked", "blocked"],
       ["skipped", "skipped"],
       ["rejected", "rejected"],
@@ -28,7 +28,7 @@ const CHARTS = [
     note: "",
     format: usd,
     series: [["notional", "permitted"]],
-    limit: (snapshot) => snapshot.status.total_daily_notional.limit,
+    limit: (snapshot) => snapshot.status.total_daily_notional?.limit,
     summary: "last",
   },
   {
@@ -89,7 +89,7 @@ function makeChart(spec) {
   const readout = (index) => {
     if (chart === null) return;
     columns.forEach((column, n) => text(values[n], index === null ? overall(spec, column) : spec.format(column[index])));
-    text(at, index === null ? (spec.summary === "sum" ? "in 24 h" : "now") : `at ${minuteText(from[index])}`);
+    text(at, index === null ? (spec.summary === "sum" ? "in 24 h" : "latest") : `at ${minuteText(from[index])}`);
   };
 
   const update = (snapshot) => {
@@ -160,7 +160,7 @@ function options(spec, host, swatches, limitSwatch, chart, readout) {
   return {
     width: host.clientWidth || 300,
     height: HEIGHT,
-    padding: [BAND + 6, 8, 0, 0],
+    padding: [BAND + 6, 16, 0, 0],
     legend: { show: false },
     cursor: { y: false, points: { show: !spec.stacked, size: 6 }, drag: { x: false, y: false } },
     scales: { x: { time: true }, y: { range: (_, __, high) => [0, Math.max(high ?? 0, spec.points ? 1 : 4) * 1.08] } },

@@ -26,7 +26,7 @@ export function startPlans() {
 
 export function togglePause() {
   paused = paused === null ? latest : null;
-  attr(byId("plans-pause"), "aria-pressed", paused !== null);
+  attr(byId("plans-pause"), "aria-pressed", String(paused !== null));
   unseen = 0;
   draw();
 }

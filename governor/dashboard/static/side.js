@@ -118,15 +118,19 @@ function makeHealth({ name }) {
   return { node, update };
 }
 
-function eventsHealth({ health: { events }, status, seq }) {
-  return { ok: events.reachable, words: [events.error, `event ${number(status.seq ?? seq)}, the last one`], at: events.last_event_at };
+function eventsHealth({ health: { events }, status }) {
+  const words = [events.error, status.seq ? `event ${number(status.seq)}, the last one` : "there are none yet"];
+  return { ok: events.reachable && !events.error, words, at: events.last_event_at };
 }
 
 function health({ daemon, redis, exchange, journal }) {
   const ready = daemon.ready === null ? null : daemon.ready ? "ready" : "not ready";
   const asked = exchange.weight_used !== null && exchange.weight_limit !== null;
   return {
-    Daemon: { ok: daemon.answers && daemon.ready !== false, words: [daemon.answers ? ready : daemon.error ?? "does not answer", ...daemon.problems, ...daemon.notes] },
+    Daemon: {
+      ok: daemon.asked_at === null ? null : daemon.answers && daemon.ready !== false,
+      words: [daemon.answers ? ready : daemon.error ?? "does not answer", ...daemon.problems, ...daemon.notes],
+    },
     Redis: {
       ok: redis.latency_ms === null ? null : true,
       words: [redis.latency_ms !== null && `answers in ${milliseconds(redis.latency_ms)}`, redis.memory_bytes !== null && bytes(redis.memory_bytes), redis.durable],

@@ -21,7 +21,10 @@ export function staleness() {
     const old = events.read_at === null ? "was never read" : `is ${about(now() - events.read_at)} old`;
     return { head: "STALE: Redis is not reachable.", text: `What you see ${old}. ${events.error ?? ""}` };
   }
-  if (!daemon.answers) {
+  if (events.error) {
+    return { head: "NOT UP TO DATE.", text: events.error };
+  }
+  if (daemon.asked_at !== null && !daemon.answers) {
     return { head: "THE DAEMON DOES NOT ANSWER.", text: `No plan is decided and no permit is granted. ${daemon.error ?? ""}` };
   }
   if (daemon.ready === false) {

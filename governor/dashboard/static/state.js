@@ -48,16 +48,16 @@ function why({ status }) {
 function renderProof({ status, last_disarm: last }) {
   const box = byId("proof");
   const { disarm } = status;
-  show(box, status.state === "DISARMED" && disarm !== null);
-  if (status.state !== "DISARMED" || disarm === null) return;
-  attr(box, "data-done", disarm.done);
+  show(box, status.state === "DISARMED" && Boolean(disarm));
+  if (status.state !== "DISARMED" || !disarm) return;
+  attr(box, "data-done", String(disarm.done));
   useIcon(byId("proof-icon"), disarm.done ? "check" : "warning");
   text(byId("proof-head"), disarm.done ? "PROVEN: the Apply Layer is in dry run." : "NOT YET PROVEN: the Apply Layer may still trade.");
   text(byId("proof-text"), disarm.done ? proven(last, status) : unproven(disarm));
 }
 
 function unproven(disarm) {
-  if (!disarm.attempts) return `It is being forced to dry run now. Epoch's permits are revoked.`;
+  if (!disarm.attempts) return "It is being forced to dry run now. Every permit is revoked.";
   return `Attempt ${disarm.attempts} did not work: ${disarm.error ?? "no reason is known"}. It is tried again.`;
 }
 
@@ -115,6 +115,7 @@ function planCounts(label) {
   const parts = ["allowed", "blocked", "skipped", "rejected"].map((name) => [name, el("b")]);
   const rest = el("span", { class: "parts" }, ...parts.map(([name, value]) => el("span", { class: name }, value, ` ${name}`)));
   return [tile(label, el("dd", {}, total, rest)), ({ status: { counts } }) => {
+    if (!counts) return;
     text(total, number(counts.plans));
     for (const [name, value] of parts) text(value, number(counts[name]));
   }];
@@ -123,7 +124,7 @@ function planCounts(label) {
 function limitTile(pick, format) {
   return (label) => {
     const one = bar("", format);
-    return [tile(label, el("dd", {}, one.node)), ({ status }) => one.update(pick(status))];
+    return [tile(label, el("dd", {}, one.node)), ({ status }) => pick(status) && one.update(pick(status))];
   };
 }
 
@@ -154,8 +155,7 @@ export function renderOutside(snapshot, stale) {
   const state = snapshot?.status.state ?? null;
   const name = stale ? "STALE" : state ?? "…";
   const mark = { ARMED: "●", THROTTLED: "◐", DISARMED: "■" }[name] ?? "⚠";
-  const host = snapshot?.about.host ?? "";
-  const title = `${mark} ${name}${stale && state ? ` (${state})` : ""} · Governor${host && ` · ${host}`}`;
+  const title = `${mark} ${name}${stale && state ? ` (${state})` : ""} · ${snapshot?.about.page_title ?? "Governor"}`;
   if (document.title !== title) document.title = title;
   attr(byId("favicon"), "href", `/static/icon-${(!stale && ICONS[state]) || "unknown"}.svg`);
   announce(state, stale, snapshot);
