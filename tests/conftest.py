@@ -35,7 +35,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for name, found in measured.items()
     ]
     table = "\n".join(["| seconds | median | most | of |", "|---|---|---|---|", *rows])
-    terminalreporter.section("measured under systemd")
+    terminalreporter.section("measured")
     terminalreporter.write_line(table)
     if config.getoption("--figures"):
         Path(config.getoption("--figures")).write_text(f"{table}\n")

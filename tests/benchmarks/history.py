@@ -1,6 +1,6 @@
 """A history as a governor writes it, of any length: decided by the decider, folded, encoded and chained. By seed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from heapq import heappop, heappush
 from random import Random
@@ -39,9 +39,17 @@ LIMITS = {symbol: {"GOV_MAX_EXEC_PER_HOUR": "3"} for symbol in SYMBOLS[:20]}
 class History:
     """One account's life, a step after the other."""
 
-    def __init__(self, seed: int = 1) -> None:
+    def __init__(
+        self,
+        seed: int = 1,
+        *,
+        start_us: int = START,
+        gap_us: float = GAP_US,
+        symbols: Sequence[str] = SYMBOLS,
+        slowest_ms: int = 900,
+    ) -> None:
         self.state: State = initial()
-        self.now = START
+        self.now = start_us
         self.entries: list[Entry] = []
         """What was written since they were last taken."""
         self._random = Random(seed)  # noqa: S311 - a history, made again by its seed
@@ -49,13 +57,14 @@ class History:
         self._due: list[tuple[int, int, str, str]] = []
         self._made = self._told = 0
         self._last = ("", "")
-        self._prices = {symbol: Decimal(self._random.randrange(50, 90_000_00)) / 100 for symbol in SYMBOLS}
+        self._prices = {symbol: Decimal(self._random.randrange(50, 90_000_00)) / 100 for symbol in symbols}
+        self.gap_us, self._symbols, self._slowest_ms = gap_us, symbols, slowest_ms
         self._mode = "testnet"
         self._write([SettingsLoaded(digest=self._digest, settings=TEXTS, limits=LIMITS, version="0", host="bench")])
 
     def plan(self) -> None:
         """The next plan, after everything that is due before it."""
-        until = self.now + int(self._random.expovariate(1 / GAP_US))
+        until = self.now + int(self._random.expovariate(1 / self.gap_us))
         while self._due and self._due[0][0] <= until:
             at, _, what, plan_id = heappop(self._due)
             self.now = max(self.now, at)
@@ -68,7 +77,7 @@ class History:
         random = self._random
         self._made += 1
         if self._made == 1 or random.random() > 0.01:
-            symbol = SYMBOLS[int(random.triangular(0, len(SYMBOLS), 20))]
+            symbol = self._symbols[int(random.triangular(0, len(self._symbols), len(self._symbols) / 10))]
             self._last = f"{symbol}-{self.now // SECOND}-{self._made:06}", symbol
         plan_id, symbol = self._last
         proposal = {
@@ -79,7 +88,7 @@ class History:
             "decision": "EXECUTE" if random.random() < 0.9 else "SKIP",
         }
         fields = plan_fields(proposal, now=self.now / SECOND)
-        age = 90_000 if random.random() < 0.01 else random.randrange(5, 900)
+        age = 90_000 if random.random() < 0.01 else random.randrange(5, self._slowest_ms)
         entry_id = f"{self.now // 1000 - age}-{self._made % 3}"
         halt = random.random() < 0.0005
         situation = Situation(now=self.now, apply_mode=self._mode, halt=halt)

@@ -96,7 +96,7 @@ function makeChart(spec) {
     chart = snapshot.chart;
     from = everyNth(chart.t, spec.every);
     columns = spec.series.map(([name]) => summed(chart[name], spec.every));
-    const data = [from, ...(spec.stacked ? stack(columns) : columns)];
+    const data = [from, ...(spec.stacked ? stack(columns) : spec.points ? columns.map(positive) : columns)];
     const limit = spec.limit?.(snapshot) ?? null;
     if (limitLegend) {
       limitLegend.hidden = false;
@@ -133,6 +133,9 @@ function summed(values, step = 1) {
   return everyNth(values, step).map((_, index) => values.slice(index * step, (index + 1) * step).reduce((sum, each) => sum + (each ?? 0), 0));
 }
 
+/** A logarithmic scale has no zero. */
+const positive = (values) => values.map((each) => (each === null ? null : Math.max(each, 0.1)));
+
 /** Each series on top of those before it; the highest first, so that the lower ones are drawn over it. */
 function stack(columns) {
   const total = columns[0].map(() => 0);
@@ -163,10 +166,10 @@ function options(spec, host, swatches, limitSwatch, chart, readout) {
     padding: [BAND + 6, 16, 0, 0],
     legend: { show: false },
     cursor: { y: false, points: { show: !spec.stacked, size: 6 }, drag: { x: false, y: false } },
-    scales: { x: { time: true }, y: { range: (_, __, high) => [0, Math.max(high ?? 0, spec.points ? 1 : 4) * 1.08] } },
+    scales: { x: { time: true }, y: spec.points ? { distr: 3, range: decades } : { range: (_, __, high) => [0, Math.max(high ?? 0, 4) * 1.08] } },
     axes: [
       { ...axis, values: (_, ticks) => ticks.map(minuteText), space: 60, size: 26, grid: { show: false } },
-      { ...axis, values: (_, ticks) => ticks.map((tick) => compact(tick, spec)), size: 52, space: 32 },
+      { ...axis, values: (_, ticks) => ticks.map((tick) => compact(tick, spec)), size: 52, space: 32, splits: spec.points ? powers : undefined },
     ],
     series: [{}, ...lines],
     hooks: {
@@ -177,7 +180,21 @@ function options(spec, host, swatches, limitSwatch, chart, readout) {
 }
 
 const short = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 1 });
-const compact = (value, spec) => (spec.format === milliseconds ? (value >= 1000 ? `${value / 1000} s` : `${value} ms`) : short.format(value));
+
+/** From one power of ten to another, and at least from 1 to 100 ms. */
+const decades = (_, low, high) => [10 ** Math.floor(Math.log10(Math.min(low ?? 1, 1))), 10 ** Math.ceil(Math.log10(Math.max(high ?? 1, 100)))];
+
+function powers(plot) {
+  const { min, max } = plot.scales.y;
+  const found = [];
+  for (let each = min; each <= max * 1.01; each *= 10) found.push(each);
+  return found;
+}
+
+function compact(value, spec) {
+  if (spec.format !== milliseconds) return short.format(value);
+  return value >= 1000 ? `${value / 1000} s` : `${value} ms`;
+}
 
 const faded = (rgb, alpha) => rgb.replace(/^rgba?\(([^),]+,[^),]+,[^),]+).*\)$/, `rgba($1, ${alpha})`);
 

@@ -132,8 +132,8 @@ function health({ daemon, redis, exchange, journal }) {
       words: [daemon.answers ? ready : daemon.error ?? "does not answer", ...daemon.problems, ...daemon.notes],
     },
     Redis: {
-      ok: redis.latency_ms === null ? null : true,
-      words: [redis.latency_ms !== null && `answers in ${milliseconds(redis.latency_ms)}`, redis.memory_bytes !== null && bytes(redis.memory_bytes), redis.durable],
+      ok: redis.latency_ms === null ? null : redis.durable !== "bad",
+      words: [redis.latency_ms !== null && `answers in ${milliseconds(redis.latency_ms)}`, redis.memory_bytes !== null && bytes(redis.memory_bytes), redis.durable && `durability ${redis.durable}`],
     },
     Exchange: {
       ok: exchange.configured ? (exchange.errors_1h === null ? null : exchange.errors_1h === 0) : null,

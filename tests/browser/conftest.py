@@ -1,0 +1,90 @@
+"""One governor under load and one browser for all tests of a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.stage import TOKEN, Stage, stage
+from tests.conftest import build, missing
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+CHROMIUM = Path("/usr/bin/chromium")
+ARGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        missing(f"{CHROMIUM} is not there: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=list(ARGS))
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Stage]:
+    with build("valkey", appendonly=True) as server, stage(tmp_path_factory.mktemp("stage"), server) as one:
+        yield one
+
+
+@pytest.fixture
+def desk(running: Stage) -> Stage:
+    """The governor, ARMED."""
+    running.arm()
+    return running
+
+
+@pytest.fixture
+def visit(browser: Any, desk: Stage) -> Iterator[Callable[..., Any]]:
+    """Open the page as `visit(url, **context options)`. What it did wrong meanwhile fails the test at its end.
+
+    `refusals=True`: answers other than 200 are part of the test; the browser tells of each on the console.
+    """
+    contexts, wrong = [], []
+
+    def open_page(url: str | None = None, *, refusals: bool = False, path: str = "/", **options: Any) -> Any:
+        base = url or desk.dashboard.url
+        context = browser.new_context(**{"viewport": {"width": 1440, "height": 1000}} | options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(8000)
+
+        def console(message: Any) -> None:
+            if message.type not in ("error", "warning"):
+                return
+            if not (refusals and message.text.startswith("Failed to load resource")):
+                wrong.append(f"console: {message.text}")
+
+        page.on("console", console)
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on(
+            "request", lambda asked: wrong.append(f"asked outside: {asked.url}") if outside(asked.url, base) else None
+        )
+        page.goto(base + path)
+        playwright.expect(page).to_have_title(re.compile("ARMED"))
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong, "\n".join(wrong)
+
+
+def outside(url: str, base: str) -> bool:
+    return not re.match(rf"{re.escape(base)}/", url)
+
+
+def log_in(page: Any, token: str = TOKEN) -> None:
+    page.click("#login")
+    page.fill("#login-token", token)
+    page.click("#login-form button[type=submit]")
