@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -32,8 +33,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Stage]:
-    with build("valkey", appendonly=True) as server, stage(tmp_path_factory.mktemp("stage"), server) as one:
+def running(browser: Any) -> Iterator[Stage]:
+    with (
+        TemporaryDirectory(prefix="governor-") as home,
+        build("valkey", appendonly=True) as server,
+        stage(Path(home), server) as one,
+    ):
         yield one
 
 
@@ -54,7 +59,7 @@ def visit(browser: Any, desk: Stage) -> Iterator[Callable[..., Any]]:
 
     def open_page(url: str | None = None, *, refusals: bool = False, path: str = "/", **options: Any) -> Any:
         base = url or desk.dashboard.url
-        context = browser.new_context(**{"viewport": {"width": 1440, "height": 1000}} | options)
+        context = browser.new_context(**{"viewport": {"width": 1440, "height": 1280}} | options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(8000)
@@ -88,3 +93,5 @@ def log_in(page: Any, token: str = TOKEN) -> None:
     page.click("#login")
     page.fill("#login-token", token)
     page.click("#login-form button[type=submit]")
+    if token == TOKEN:
+        playwright.expect(page.locator("#disarm")).to_be_visible()

@@ -170,7 +170,7 @@ class Stage:
         """Back to ARMED."""
         if self.dashboard.snapshot()["status"]["state"] == "DISARMED":
             wait_for(self._done, what="the disarm's proof")
-            done = self.governor.command("rearm", "--reason", "next test", "--no-restore")
+            done = self.governor.command("rearm", "--reason", "limits checked", "--no-restore")
             assert done.returncode == 0, done.stderr + done.stdout
         self.governor.config.write_text("APPLY_MODE=testnet\n")
         wait_for(lambda: self.dashboard.snapshot()["status"]["state"] == "ARMED", within_s=5, what="ARMED again")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.browser.conftest import log_in, playwright
 from tests.browser.stage import BURSTS, TOKEN, Dashboard, Stage
@@ -27,7 +30,9 @@ def picture(page: Any, name: str) -> None:
     """Keep a picture of the page for the manual, where the documents are written again."""
     if os.environ.get("GOVERNOR_REGENERATE") == "1":
         path = DOCS / f"dashboard-{name}.png"
-        page.screenshot(path=path)
+        page.evaluate("scrollTo(0, 0)")
+        full = Image.open(io.BytesIO(page.screenshot()))
+        full.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         assert path.stat().st_size < 250_000, f"{path.name} has {path.stat().st_size} bytes"
 
 
@@ -61,7 +66,7 @@ def test_the_page_shows_a_governor_at_work_and_the_day_before_it_was_opened(visi
     expect(page.locator("#state-word")).to_have_text("ARMED")
     expect(page.locator(".u-wrap canvas")).to_have_count(3)
     assert page.locator("#favicon").get_attribute("href") == "/static/icon-armed.svg"
-    assert page.locator("#symbols-list li").count() == 8
+    assert page.locator("#symbols-list li").count() == 6
     expect(page.locator("#incidents-list")).to_contain_text("SETTINGS_LOADED")
     expect(page.locator("#disarm-body")).to_contain_text("drill")
     expect(page.locator("#permits-list li").first).to_be_visible()
@@ -71,7 +76,7 @@ def test_the_page_shows_a_governor_at_work_and_the_day_before_it_was_opened(visi
     page.locator("#charts summary").first.click()
     assert page.locator("#charts tbody").first.locator("tr").count() == 24
     page.locator("#charts summary").first.click()
-    page.evaluate("scrollTo(0, 0)")
+    log_in(page)
     picture(page, "dark")
 
 
@@ -205,7 +210,7 @@ def test_stale_data_looks_stale_whoever_died(visit: Visit, desk: Stage) -> None:
 
     desk.dashboard.kill()
     died = time.monotonic()
-    expect(banner).to_contain_text("No message from the dashboard for 3 s")
+    expect(banner).to_contain_text(re.compile(r"No message from the dashboard for \d+ s"))
     assert time.monotonic() - died < 5
     desk.dashboard.start()
     expect(banner).to_be_hidden(timeout=10_000)

@@ -26,7 +26,13 @@ dialog.addEventListener("close", () => {
 });
 
 export function followAddress() {
-  if (location.hash.startsWith("#plan=")) explain(decodeURIComponent(location.hash.slice(6)));
+  if (!location.hash.startsWith("#plan=")) return;
+  const planId = location.hash.slice(6);
+  try {
+    explain(decodeURIComponent(planId));
+  } catch {
+    explain(planId); // a sign that no id may have: nobody knows it
+  }
 }
 
 async function fetched(planId) {

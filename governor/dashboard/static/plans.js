@@ -79,7 +79,7 @@ function symbolOptions(rows) {
 
 function makeRow(row) {
   const cell = (name) => el("span", { class: name });
-  const cells = Object.fromEntries(["symbol", "action", "reason", "qty right", "notional right", "latency right", "permit"].map((name) => [name.split(" ")[0], cell(name)]));
+  const cells = Object.fromEntries(["symbol", "plan", "action", "reason", "qty right", "notional right", "latency right", "permit"].map((name) => [name.split(" ")[0], cell(name)]));
   const when = el("time", { class: "when" });
   const word = el("span", { class: `verdict ${row.verdict}` }, icon(ICONS[row.verdict] ?? "dash"), el("b"));
   const button = el("button", { type: "button", class: "plan-row", "data-plan": row.plan_id, tabindex: "-1" }, when, word, ...Object.values(cells));
@@ -92,6 +92,8 @@ function fill(row, when, word, cells) {
   stamp(when, row.at, "clock");
   text(word.lastChild, verdict(row.verdict));
   text(cells.symbol, row.symbol ?? "–");
+  text(cells.plan, row.plan_id ?? "–");
+  attr(cells.plan, "title", row.plan_id ?? null);
   text(cells.action, row.action ?? "–");
   text(cells.reason, row.reason ?? "");
   text(cells.qty, row.qty === null ? "" : number(row.qty));

@@ -1,7 +1,7 @@
 // Beside the plans: outstanding permits, the last disarm with its proof, incidents, health.
 
 import { bar } from "./bar.js";
-import { stamp, time } from "./clock.js";
+import { clockText, stamp, time } from "./clock.js";
 import { attr, byId, el, icon, keyed, show, text } from "./dom.js";
 import { bytes, flat, milliseconds, number, usd } from "./format.js";
 
@@ -119,7 +119,8 @@ function makeHealth({ name }) {
 }
 
 function eventsHealth({ health: { events }, status }) {
-  const words = [events.error, status.seq ? `event ${number(status.seq)}, the last one` : "there are none yet"];
+  const words = [events.error, status.seq ? `the last one is event ${number(status.seq)}` : "there are none yet"];
+  if (events.began_again) words.push(`read again from the stream at ${clockText(events.began_again.at)}: ${events.began_again.why}`);
   return { ok: events.reachable && !events.error, words, at: events.last_event_at };
 }
 

@@ -41,7 +41,7 @@ function why({ status }) {
     return [`${disarm.reason}.`, meaning(disarm.reason), context && `(${context})`].filter(Boolean).join(" ");
   }
   if (status.state === "THROTTLED") return "Fewer permits where the cause lies. A full close never waits.";
-  if (status.state === "ARMED") return status.reason ? `${status.reason}` : "Plans within the limits are permitted.";
+  if (status.state === "ARMED") return `Plans within the limits are permitted.${status.reason ? ` Armed again: ${status.reason}` : ""}`;
   return "There are no events at all: no governor ever ran on this stream.";
 }
 
@@ -74,8 +74,8 @@ function proven(last, status) {
 /** What has to be known beside the state: {key, level, words, until}. */
 function notices(status) {
   const found = [];
-  if (status.halted !== null && status.halted !== undefined && status.halted !== false) {
-    found.push({ level: "alarm", words: `Emergency brake is set (${flat(status.halted)}): no permits.` });
+  if (status.halted !== null && status.halted !== undefined) {
+    found.push({ level: "alarm", words: `The emergency brake is set, no permits: ${brake(status.halted)}` });
   }
   if (status.drift) {
     found.push({ level: "alarm", words: `Drift: while DISARMED, the Apply Layer's file says APPLY_MODE=${flat(status.drift)}.` });
@@ -90,6 +90,16 @@ function notices(status) {
     for (const note of status.disarm?.notes ?? []) found.push({ level: "warning", words: note });
   }
   return found.map((notice) => ({ ...notice, key: `${notice.level} ${notice.words}` }));
+}
+
+/** What a person set it to; `governor disarm` sets it to a record. */
+function brake(halted) {
+  try {
+    const { reason, operator } = JSON.parse(halted);
+    return reason ? `${reason} (by ${operator ?? "somebody"})` : halted;
+  } catch {
+    return halted || "(empty)";
+  }
 }
 
 function makeNotice({ level, words, until }) {

@@ -6,7 +6,7 @@ import { attr, byId, el, keyed, show, text } from "./dom.js";
 import { number, usd } from "./format.js";
 import { verdict } from "./words.js";
 
-const FEW = 8;
+const FEW = 6;
 const LIMITS = [
   ["exec_1h", "1 h", number],
   ["exec_5min", "5 min", number],
