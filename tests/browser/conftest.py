@@ -9,11 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
-from tests.browser.stage import TOKEN, Stage, stage
+from tests.browser.stage import Stage, stage
 from tests.conftest import build, missing
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+from tests.dashboard import TOKEN
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGS = (
@@ -23,17 +23,17 @@ ARGS = (
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser() -> Iterator[Browser]:
     if not CHROMIUM.exists():
         missing(f"{CHROMIUM} is not there: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=str(CHROMIUM), args=list(ARGS))
         yield running
         running.close()
 
 
 @pytest.fixture(scope="module")
-def running(browser: Any) -> Iterator[Stage]:
+def running(browser: Browser) -> Iterator[Stage]:
     with (
         TemporaryDirectory(prefix="governor-") as home,
         build("valkey", appendonly=True) as server,
@@ -50,33 +50,35 @@ def desk(running: Stage) -> Stage:
 
 
 @pytest.fixture
-def visit(browser: Any, desk: Stage) -> Iterator[Callable[..., Any]]:
+def visit(browser: Browser, desk: Stage) -> Iterator[Callable[..., Page]]:
     """Open the page as `visit(url, **context options)`. What it did wrong meanwhile fails the test at its end.
 
     `refusals=True`: answers other than 200 are part of the test; the browser tells of each on the console.
     """
     contexts, wrong = [], []
 
-    def open_page(url: str | None = None, *, refusals: bool = False, path: str = "/", **options: Any) -> Any:
+    def open_page(url: str | None = None, *, refusals: bool = False, path: str = "/", **options: Any) -> Page:
         base = url or desk.dashboard.url
         context = browser.new_context(**{"viewport": {"width": 1440, "height": 1280}} | options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(8000)
 
-        def console(message: Any) -> None:
+        def console(message: ConsoleMessage) -> None:
             if message.type not in ("error", "warning"):
                 return
             if not (refusals and message.text.startswith("Failed to load resource")):
                 wrong.append(f"console: {message.text}")
 
+        def request(asked: Request) -> None:
+            if not asked.url.startswith(f"{base}/"):
+                wrong.append(f"asked outside: {asked.url}")
+
         page.on("console", console)
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on(
-            "request", lambda asked: wrong.append(f"asked outside: {asked.url}") if outside(asked.url, base) else None
-        )
+        page.on("request", request)
         page.goto(base + path)
-        playwright.expect(page).to_have_title(re.compile("ARMED"))
+        expect(page).to_have_title(re.compile("ARMED"))
         return page
 
     yield open_page
@@ -85,13 +87,9 @@ def visit(browser: Any, desk: Stage) -> Iterator[Callable[..., Any]]:
     assert not wrong, "\n".join(wrong)
 
 
-def outside(url: str, base: str) -> bool:
-    return not re.match(rf"{re.escape(base)}/", url)
-
-
-def log_in(page: Any, token: str = TOKEN) -> None:
+def log_in(page: Page, token: str = TOKEN) -> None:
     page.click("#login")
     page.fill("#login-token", token)
     page.click("#login-form button[type=submit]")
     if token == TOKEN:
-        playwright.expect(page.locator("#disarm")).to_be_visible()
+        expect(page.locator("#disarm")).to_be_visible()

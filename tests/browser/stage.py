@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, Self
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import redis
 
@@ -25,11 +19,11 @@ from governor import decider
 from governor.gate import PermitDenied, PermitGate
 from governor.sim.apply_layer import RESULT_STREAM, result_fields
 from tests.benchmarks.history import SECOND, History
-from tests.daemon import Daemon, publish, wait_for
+from tests.daemon import Daemon, publish
+from tests.dashboard import Dashboard, free_port, token_file
 from tests.servers import RedisServer
 from tests.test_end_to_end import CREDENTIALS, Exchange
 
-TOKEN = "a token that nobody guesses"
 PAST = (
     "BTCUSDT", "ETHUSDT", "LTCUSDT", "ADAUSDT", "BNBUSDT", "AVAXUSDT", "LINKUSDT", "DOTUSDT", "ATOMUSDT", "NEARUSDT",
     "TRXUSDT", "UNIUSDT",
@@ -118,62 +112,31 @@ class Load:
         client.xadd(RESULT_STREAM, told)  # type: ignore[arg-type]
 
 
-class Dashboard:
-    """`governor dashboard` as a process, on a port it keeps."""
-
-    def __init__(self, governor: Daemon, *, token: Path | None = None) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        more = {} if token is None else {"DASHBOARD_TOKEN_FILE": str(token)}
-        self._environ = governor.environ | {"DASHBOARD_PORT": str(self.port)} | more
-        self._log = governor.home / f"dashboard-{self.port}.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def start(self) -> None:
-        with self._log.open("ab") as log:
-            command = [sys.executable, "-m", "governor", "dashboard"]
-            self._process = subprocess.Popen(command, env=self._environ, stdout=log, stderr=log)
-        wait_for(self._follows, within_s=20, what="the dashboard")
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def snapshot(self) -> Any:
-        with urlopen(f"{self.url}/api/snapshot", timeout=5) as answer:  # noqa: S310 - loopback
-            return json.load(answer)
-
-    def _follows(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, self._log.read_text()
-        with contextlib.suppress(URLError, ConnectionError):
-            return bool(self.snapshot()["status"]["state"])
-        return False
-
-
 class Stage:
     """Everything that runs, and what a test does to it."""
 
-    def __init__(self, server: RedisServer, governor: Daemon, dashboard: Dashboard) -> None:
-        self.server, self.governor, self.dashboard = server, governor, dashboard
+    def __init__(self, server: RedisServer, governor: Daemon, token: str) -> None:
+        self.server, self.governor = server, governor
+        self._more = {"DASHBOARD_PORT": str(free_port()), "DASHBOARD_TOKEN_FILE": token}
+        self.open()
+
+    def open(self) -> None:
+        """Start the dashboard, always on the same port."""
+        self.dashboard = Dashboard(self.governor.home, self.governor.environ | self._more)
+        self.dashboard.ready()
+
+    def close(self) -> None:
+        """End the dashboard at once."""
+        self.dashboard.close()
 
     def arm(self) -> None:
         """Back to ARMED."""
         if self.dashboard.snapshot()["status"]["state"] == "DISARMED":
-            wait_for(self._done, what="the disarm's proof")
+            self.dashboard.wait(lambda told: told["status"]["disarm"]["done"])
             done = self.governor.command("rearm", "--reason", "limits checked", "--no-restore")
             assert done.returncode == 0, done.stderr + done.stdout
         self.governor.config.write_text("APPLY_MODE=testnet\n")
-        wait_for(lambda: self.dashboard.snapshot()["status"]["state"] == "ARMED", within_s=5, what="ARMED again")
+        self.dashboard.wait(lambda told: told["status"]["state"] == "ARMED")
 
     def burst(self) -> None:
         """More executions of one symbol within five minutes than it may have."""
@@ -196,18 +159,12 @@ class Stage:
         finally:
             os.kill(self.server.pid, signal.SIGCONT)
 
-    def _done(self) -> bool:
-        disarm = self.dashboard.snapshot()["status"]["disarm"]
-        return disarm is None or bool(disarm["done"])
-
 
 @contextlib.contextmanager
 def stage(home: Path, server: RedisServer) -> Iterator[Stage]:
     """All of it, started and stopped in order."""
-    limits, token = home / "limits.toml", home / "token"
+    limits = home / "limits.toml"
     limits.write_text(LIMITS)
-    token.write_text(TOKEN)
-    token.chmod(0o600)
     with contextlib.ExitStack() as stack:
         with server.client() as client:
             yesterday(client)
@@ -230,11 +187,6 @@ def stage(home: Path, server: RedisServer) -> Iterator[Stage]:
         stack.callback(governor.kill)
         governor.start()
         stack.enter_context(Load(server))
-        yield Stage(server, governor, stack.enter_context(Dashboard(governor, token=token)))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+        one = Stage(server, governor, token_file(home))
+        stack.callback(one.close)
+        yield one

@@ -169,7 +169,7 @@ function options(spec, host, swatches, limitSwatch, chart, readout) {
     scales: { x: { time: true }, y: spec.points ? { distr: 3, range: decades } : { range: (_, __, high) => [0, Math.max(high ?? 0, 4) * 1.08] } },
     axes: [
       { ...axis, values: (_, ticks) => ticks.map(minuteText), space: 60, size: 26, grid: { show: false } },
-      { ...axis, values: (_, ticks) => ticks.map((tick) => compact(tick, spec)), size: 52, space: 32, splits: spec.points ? powers : undefined },
+      { ...axis, values: (_, ticks) => ticks.map((tick) => compact(tick, spec)), size: 52, space: 32, splits: spec.points ? powers : undefined, filter: (__, splits) => splits },
     ],
     series: [{}, ...lines],
     hooks: {

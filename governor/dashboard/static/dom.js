@@ -33,6 +33,13 @@ export function text(node, value) {
   if (node.textContent !== String(wanted)) node.textContent = wanted;
 }
 
+/** The same for a code with underscores, which may be broken after each of them. */
+export function code(node, value) {
+  const wanted = value ?? "";
+  if (node.textContent === wanted) return;
+  node.replaceChildren(...wanted.split(/(?<=_)/).flatMap((part) => [part, document.createElement("wbr")]));
+}
+
 export function attr(node, name, value) {
   if (value === null || value === false) {
     if (node.hasAttribute(name)) node.removeAttribute(name);

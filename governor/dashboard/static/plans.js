@@ -1,7 +1,7 @@
 // Plans and their verdicts as they come; a row opens to the full explanation.
 
 import { stamp } from "./clock.js";
-import { attr, byId, el, icon, keyed, show, text } from "./dom.js";
+import { attr, byId, code, el, icon, keyed, show, text } from "./dom.js";
 import { milliseconds, number, usd } from "./format.js";
 import { fate, verdict } from "./words.js";
 
@@ -54,10 +54,10 @@ function draw() {
 
 function wanted() {
   const words = byId("plans-text").value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-  const code = byId("plans-verdict").value;
+  const chosen = byId("plans-verdict").value;
   const symbol = byId("plans-symbol").value;
   return (row) => {
-    if ((code && row.verdict !== code) || (symbol && row.symbol !== symbol)) return false;
+    if ((chosen && row.verdict !== chosen) || (symbol && row.symbol !== symbol)) return false;
     if (!words.length) return true;
     const line = [row.plan_id, row.symbol, row.action, row.reason, verdict(row.verdict), row.permit && fate(row.permit.status)].join(" ").toLowerCase();
     return words.every((word) => line.includes(word));
@@ -94,8 +94,8 @@ function fill(row, when, word, cells) {
   text(cells.symbol, row.symbol ?? "–");
   text(cells.plan, row.plan_id ?? "–");
   attr(cells.plan, "title", row.plan_id ?? null);
-  text(cells.action, row.action ?? "–");
-  text(cells.reason, row.reason ?? "");
+  code(cells.action, row.action ?? "–");
+  code(cells.reason, row.reason);
   text(cells.qty, row.qty === null ? "" : number(row.qty));
   text(cells.notional, row.notional === null ? "" : usd(row.notional));
   text(cells.latency, milliseconds(row.latency_ms));

@@ -2,7 +2,7 @@
 
 import { bar, level, share } from "./bar.js";
 import { stamp } from "./clock.js";
-import { attr, byId, el, keyed, show, text } from "./dom.js";
+import { attr, byId, code, el, keyed, show, text } from "./dom.js";
 import { number, usd } from "./format.js";
 import { verdict } from "./words.js";
 
@@ -84,5 +84,5 @@ function renderLast(button, none, last) {
   const [word, reason] = button.children;
   attr(word, "class", `verdict ${last.verdict}`);
   text(word, verdict(last.verdict));
-  text(reason, last.reason ?? "");
+  code(reason, last.reason);
 }

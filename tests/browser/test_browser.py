@@ -8,41 +8,43 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
+from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import log_in, playwright
-from tests.browser.stage import BURSTS, TOKEN, Dashboard, Stage
+from tests.browser.conftest import log_in
+from tests.browser.stage import BURSTS, Stage
 from tests.daemon import publish
+from tests.dashboard import TOKEN, dashboard
 
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
-expect = playwright.expect
 DOCS = Path(__file__).parents[2] / "docs"
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
 MARKUP = "<img src=x onerror=\"document.title='taken'\"><b>bold</b>"
-Visit = Callable[..., Any]
+Visit = Callable[..., Page]
 
 
-def picture(page: Any, name: str) -> None:
+def picture(page: Page, name: str) -> None:
     """Keep a picture of the page for the manual, where the documents are written again."""
     if os.environ.get("GOVERNOR_REGENERATE") == "1":
         path = DOCS / f"dashboard-{name}.png"
         page.evaluate("scrollTo(0, 0)")
         full = Image.open(io.BytesIO(page.screenshot()))
-        full.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        full.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
         assert path.stat().st_size < 250_000, f"{path.name} has {path.stat().st_size} bytes"
 
 
-def clean(page: Any, what: str) -> None:
+def clean(page: Page, what: str) -> None:
     """Hold the page against the rules for accessibility."""
-    found = axe.Axe().run(page, options=RULES)
+    found = Axe().run(page, options=RULES)
     assert found.violations_count == 0, f"{what}: {found.generate_report()}"
 
 
-def post(page: Any, route: str, **body: str) -> int:
+def post(page: Page, route: str, **body: str) -> int:
     """Status of what the page's own origin posts."""
     status: int = page.evaluate(
         """([route, body]) => fetch(`/api/${route}`, {method: "POST", body: JSON.stringify(body),
@@ -52,12 +54,12 @@ def post(page: Any, route: str, **body: str) -> int:
     return status
 
 
-def fits(page: Any) -> bool:
+def fits(page: Page) -> bool:
     wide: bool = page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     return wide
 
 
-def disarmed(page: Any) -> None:
+def disarmed(page: Page) -> None:
     expect(page.locator("#state-word")).to_have_text("DISARMED")
 
 
@@ -180,7 +182,8 @@ def test_the_keyboard_alone_reaches_the_disarm(visit: Visit, desk: Stage) -> Non
 
 
 def test_without_a_token_there_is_nothing_to_press(visit: Visit, desk: Stage) -> None:
-    with Dashboard(desk.governor) as looking:
+    with dashboard(desk.governor.home, desk.governor.environ) as looking:
+        looking.ready()
         page = visit(looking.url, refusals=True)
         expect(page.locator("#control-hint")).to_contain_text("DASHBOARD_TOKEN_FILE")
         for name in ("login", "logout", "disarm", "rearm"):
@@ -208,11 +211,11 @@ def test_stale_data_looks_stale_whoever_died(visit: Visit, desk: Stage) -> None:
     desk.governor.start()
     expect(banner).to_be_hidden(timeout=10_000)
 
-    desk.dashboard.kill()
+    desk.close()
     died = time.monotonic()
     expect(banner).to_contain_text(re.compile(r"No message from the dashboard for \d+ s"))
     assert time.monotonic() - died < 5
-    desk.dashboard.start()
+    desk.open()
     expect(banner).to_be_hidden(timeout=10_000)
     expect(page.locator("#say")).to_contain_text("Now ARMED")
 
