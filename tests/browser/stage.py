@@ -29,10 +29,12 @@ PAST = (
     "TRXUSDT", "UNIUSDT",
 )  # fmt: skip
 BUSY = ("XRPUSDT", "DOGEUSDT")
-BURSTS = "SOLUSDT"
+BURSTS, HOURLY = "SOLUSDT", "FILUSDT"
 LIMITS = f"""
 [{BURSTS}]
 GOV_MAX_EXEC_PER_5MIN = 2
+[{HOURLY}]
+GOV_MAX_EXEC_PER_HOUR = 1
 [XRPUSDT]
 GOV_MAX_EXEC_PER_HOUR = 2000
 GOV_MAX_EXEC_PER_5MIN = 1000
@@ -131,8 +133,11 @@ class Stage:
 
     def arm(self) -> None:
         """Back to ARMED."""
-        if self.dashboard.snapshot()["status"]["state"] == "DISARMED":
-            self.dashboard.wait(lambda told: told["status"]["disarm"]["done"])
+        state = self.dashboard.snapshot()["status"]["state"]
+        if state == "THROTTLED":
+            self.governor.json("disarm", "--reason", "not to wait for the cool-down")
+        if state != "ARMED":
+            self.dashboard.wait(lambda told: (told["status"]["disarm"] or {}).get("done"))
             done = self.governor.command("rearm", "--reason", "limits checked", "--no-restore")
             assert done.returncode == 0, done.stderr + done.stdout
         self.governor.config.write_text("APPLY_MODE=testnet\n")
@@ -151,13 +156,13 @@ class Stage:
         return next(float(fields["timestamp"]) for _, fields in found if fields["event"] == "DISARM_STARTED")
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Redis hangs: it takes connections and answers nothing."""
-        os.kill(self.server.pid, signal.SIGSTOP)
+    def frozen(self, pid: int) -> Iterator[None]:
+        """A process hangs: its connections stay, and nothing is answered."""
+        os.kill(pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            os.kill(self.server.pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -169,7 +174,12 @@ def stage(home: Path, server: RedisServer) -> Iterator[Stage]:
         with server.client() as client:
             yesterday(client)
         exchange = stack.enter_context(Exchange())
-        for symbol, amount, price in (("XRPUSDT", "420", "0.62"), ("DOGEUSDT", "2400", "0.11"), (BURSTS, "30", "24.1")):
+        for symbol, amount, price in (
+            ("XRPUSDT", "420", "0.62"),
+            ("DOGEUSDT", "2400", "0.11"),
+            (BURSTS, "30", "24.1"),
+            (HOURLY, "90", "5.4"),
+        ):
             exchange.set(symbol, amount, price)
         exchange.set("SHIBUSDT", "0", "0.00002")
         environ = CREDENTIALS | {

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import log_in
-from tests.browser.stage import BURSTS, Stage
+from tests.browser.stage import BURSTS, HOURLY, Stage
 from tests.daemon import publish
 from tests.dashboard import TOKEN, dashboard
 
@@ -101,6 +102,49 @@ def test_a_disarm_is_seen_within_a_second(
     expect(page.locator("#incidents-list")).to_contain_text("AUTO_DISARM")
     assert took < 1, took
     picture(page, "disarmed")
+
+
+def test_what_else_a_person_has_to_know_stands_beside_the_state(visit: Visit, desk: Stage) -> None:
+    page = visit()
+    notices = page.locator("#notices")
+    with desk.server.client() as client:
+        for number in range(2):
+            publish(client, f"hourly-{number}", HOURLY, "PARTIAL_25")
+    expect(page.locator("#state-word")).to_have_text("THROTTLED")
+    expect(notices).to_contain_text(f"Throttled: {HOURLY}, hourly_limit_exceeded, until")
+    row = page.locator("#symbols-list li").first
+    expect(row).to_contain_text(HOURLY)
+    expect(row.locator(".mark")).to_be_visible()
+    expect(row.locator(".bar").first).to_have_text("1 h1 / 1")
+    expect(row.locator(".next time")).to_have_text(re.compile("in (1 h|59 min)"))
+    with desk.server.client() as client:
+        client.set("quantum:governor:halt", "<i>stop</i>")
+    disarmed(page)
+    expect(page.locator("#state-why")).to_have_text("By hand, by redis: <i>stop</i>")
+    expect(page.locator("#proof")).to_have_attribute("data-done", "true")
+    desk.governor.config.write_text("APPLY_MODE=live\n")
+    expect(notices).to_contain_text("Drift: while DISARMED, the Apply Layer's file says APPLY_MODE=live.")
+    clean(page, "drift")
+
+
+def test_a_flood_of_plans_is_drawn_a_few_times_a_second(visit: Visit, desk: Stage) -> None:
+    page = visit()
+    page.evaluate("""() => {
+        globalThis.drawn = [];
+        new MutationObserver(() => drawn.push(performance.now())).observe(
+            document.querySelector("#plans-list"), {childList: true});
+    }""")
+    with desk.server.client() as client:
+        for number in range(1200):
+            publish(client, f"flood-{number}", "BTCUSDT", "PARTIAL_25", decision="SKIP")
+    last = page.locator('#plans-list [data-plan="flood-1199"]')
+    expect(last).to_have_count(1)
+    times = page.evaluate("drawn")
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert min(gaps) > 100, gaps
+    assert page.locator("#plans-list li").count() == 60
+    page.click("#plans-more")
+    assert page.locator("#plans-list li").count() <= 500
 
 
 def test_a_disarm_without_a_proof_is_loud(visit: Visit, desk: Stage) -> None:
@@ -198,7 +242,7 @@ def test_stale_data_looks_stale_whoever_died(visit: Visit, desk: Stage) -> None:
     page = visit(refusals=True)
     banner = page.locator("#banner")
     expect(banner).to_be_hidden()
-    with desk.frozen():
+    with desk.frozen(desk.server.pid):
         expect(banner).to_contain_text("Redis is not reachable", timeout=10_000)
         expect(page.locator("body")).to_have_class("stale")
         assert page.title().startswith("⚠ STALE (ARMED)")
@@ -210,6 +254,10 @@ def test_stale_data_looks_stale_whoever_died(visit: Visit, desk: Stage) -> None:
     expect(banner).to_contain_text("THE DAEMON DOES NOT ANSWER", timeout=6000)
     desk.governor.start()
     expect(banner).to_be_hidden(timeout=10_000)
+
+    with desk.frozen(desk.dashboard.process.pid):
+        expect(banner).to_contain_text("No message from the dashboard")
+    expect(banner).to_be_hidden(timeout=15_000)
 
     desk.close()
     died = time.monotonic()

@@ -58,8 +58,10 @@ function onSubmit(dialog, work) {
     event.preventDefault();
     button.disabled = true;
     problem(dialog, null);
+    outcome(dialog, "Asked; it can take a few seconds.");
     const { ok, answer, error } = await work(Object.fromEntries(new FormData(form)));
     button.disabled = false;
+    outcome(dialog, null);
     if (!ok) problem(dialog, error);
     else finished(dialog, answer);
   });
