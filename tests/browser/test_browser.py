@@ -256,7 +256,7 @@ def test_stale_data_looks_stale_whoever_died(visit: Visit, desk: Stage) -> None:
     expect(banner).to_be_hidden(timeout=10_000)
 
     with desk.frozen(desk.dashboard.process.pid):
-        expect(banner).to_contain_text("No message from the dashboard")
+        expect(banner).to_contain_text("NO CONNECTION. No message from the dashboard")
     expect(banner).to_be_hidden(timeout=15_000)
 
     desk.close()

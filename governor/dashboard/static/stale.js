@@ -14,7 +14,7 @@ export function staleness() {
     return silent > SILENCE_MS ? { head: "NO CONNECTION.", text: "The dashboard does not answer. Nothing is known about the state." } : null;
   }
   if (silent > SILENCE_MS) {
-    return { head: "STALE.", text: `No message from the dashboard for ${about(silent / 1000)}. What you see is that old.` };
+    return { head: "NO CONNECTION.", text: `No message from the dashboard for ${about(silent / 1000)}. What you see is that old.` };
   }
   const { events, daemon } = told.snapshot.health;
   if (!events.reachable) {
