@@ -78,7 +78,8 @@ function makeChart(spec) {
   const limitWord = el("b");
   const limitLegend = spec.limit ? el("span", {}, limitSwatch, "limit ", limitWord) : null;
   if (limitLegend) legend.insertBefore(limitLegend, at);
-  const head = el("tr", {}, ...["from", ...spec.series.map(([, label]) => label), "state"].map((name) => el("th", { scope: "col" }, name)));
+  const names = ["from", ...spec.series.map(([, label]) => label), "state"];
+  const head = el("tr", {}, ...names.map((name, n) => el("th", { scope: "col", class: n > 0 && n < names.length - 1 && "right" }, name)));
   const details = el("details", {}, el("summary", {}, "As a table, by the hour"), el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": spec.title }, el("table", {}, el("thead", {}, head), table)));
   const node = el("figure", { class: "chart" }, el("figcaption", {}, el("h3", {}, spec.title), spec.note ? el("p", { class: "hint" }, spec.note) : null), legend, host, details);
   let plot = null;

@@ -96,7 +96,7 @@ function checks({ checks: rows }) {
   return el(
     "div",
     { class: "scroll-x", tabindex: "0", role: "region", "aria-label": "Checks" },
-    el("table", {}, el("thead", {}, el("tr", {}, ...head.map((name) => el(name ? "th" : "td", name ? { scope: "col" } : {}, name)))), el("tbody", {}, ...rows.map(line))),
+    el("table", {}, el("thead", {}, el("tr", {}, ...head.map((name, n) => el(name ? "th" : "td", name ? { scope: "col", class: n > 1 && n < 6 && "right" } : {}, name)))), el("tbody", {}, ...rows.map(line))),
   );
 }
 
