@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,6 @@ from tests.browser.stage import Stage, stage
 from tests.conftest import build, missing
 from tests.dashboard import TOKEN
 
-CHROMIUM = Path("/usr/bin/chromium")
 ARGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -24,10 +24,11 @@ ARGS = (
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        missing(f"{CHROMIUM} is not there: apt-get install chromium")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        missing("chromium is not on PATH: apt-get install chromium, or your system's way")
     with sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=list(ARGS))
+        running = driver.chromium.launch(executable_path=chromium, args=list(ARGS))
         yield running
         running.close()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,21 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import log_in
 from tests.browser.stage import BURSTS, HOURLY, Stage
-from tests.daemon import publish
+from tests.daemon import publish, wait_for
 from tests.dashboard import TOKEN, dashboard
 
 DOCS = Path(__file__).parents[2] / "docs"
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
 MARKUP = "<img src=x onerror=\"document.title='taken'\"><b>bold</b>"
+OVER = """() => {
+    const right = (each) => each.getBoundingClientRect().right;
+    const box = (each) => each.parentElement?.closest(".card, .tile, .hero, dialog") ?? document.documentElement;
+    return [...document.querySelectorAll("body *")]
+        .filter((each) => each.checkVisibility() && !each.closest(".scroll-x, pre, .symbols, .u-wrap"))
+        .filter((each) => right(each) > Math.min(innerWidth, right(box(each))) + 1)
+        .map((each) => each.outerHTML.slice(0, 200));
+}"""
 Visit = Callable[..., Page]
 
 
@@ -57,16 +65,16 @@ def post(page: Page, route: str, **body: str) -> int:
 
 def fits(page: Page, what: str) -> None:
     """Hold the page to its width: nothing reaches out of its box or the screen, but for what scrolls by itself."""
-    over: list[str] = page.evaluate("""() => {
-        const right = (each) => each.getBoundingClientRect().right;
-        const box = (each) => each.parentElement?.closest(".card, .tile, .hero, dialog") ?? document.documentElement;
-        return [...document.querySelectorAll("body *")]
-            .filter((each) => each.checkVisibility() && !each.closest(".scroll-x, pre, .symbols, .u-wrap"))
-            .filter((each) => right(each) > Math.min(innerWidth, right(box(each))) + 1)
-            .map((each) => each.outerHTML.slice(0, 200));
-    }""")
+    over: list[str] = []
+
+    def nothing() -> bool:
+        over[:] = page.evaluate(OVER)
+        return not over
+
+    with contextlib.suppress(AssertionError):
+        wait_for(nothing, within_s=2)
+    assert over == [], f"{what}: {over}"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), what
-    assert over == [], what
 
 
 def disarmed(page: Page) -> None:
@@ -143,14 +151,12 @@ def test_a_flood_of_plans_is_drawn_a_few_times_a_second(visit: Visit, desk: Stag
         new MutationObserver(() => drawn.push(performance.now())).observe(
             document.querySelector("#plans-list"), {childList: true});
     }""")
+    began = time.monotonic()
     with desk.server.client() as client:
-        for number in range(1200):
+        for number in range(3000):
             publish(client, f"flood-{number}", "BTCUSDT", "PARTIAL_25", decision="SKIP")
-    last = page.locator('#plans-list [data-plan="flood-1199"]')
-    expect(last).to_have_count(1)
-    times = page.evaluate("drawn")
-    gaps = [later - earlier for earlier, later in pairwise(times)]
-    assert min(gaps) > 100, gaps
+    expect(page.locator('#plans-list [data-plan="flood-2999"]')).to_have_count(1)
+    assert len(page.evaluate("drawn")) <= (time.monotonic() - began) * 4 + 1
     assert page.locator("#plans-list li").count() == 60
     page.click("#plans-more")
     assert page.locator("#plans-list li").count() <= 500
