@@ -54,11 +54,12 @@ def desk(running: Stage) -> Stage:
 def visit(browser: Browser, desk: Stage) -> Iterator[Callable[..., Page]]:
     """Open the page as `visit(url, **context options)`. What it did wrong meanwhile fails the test at its end.
 
+    `title`: what it has to contain before the test goes on.
     `refusals=True`: answers other than 200 are part of the test; the browser tells of each on the console.
     """
     contexts, wrong = [], []
 
-    def open_page(url: str | None = None, *, refusals: bool = False, path: str = "/", **options: Any) -> Page:
+    def open_page(url: str | None = None, *, refusals: bool = False, title: str = "ARMED", **options: Any) -> Page:
         base = url or desk.dashboard.url
         context = browser.new_context(**{"viewport": {"width": 1440, "height": 1280}} | options)
         contexts.append(context)
@@ -78,8 +79,8 @@ def visit(browser: Browser, desk: Stage) -> Iterator[Callable[..., Page]]:
         page.on("console", console)
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
         page.on("request", request)
-        page.goto(base + path)
-        expect(page).to_have_title(re.compile("ARMED"))
+        page.goto(base)
+        expect(page).to_have_title(re.compile(title))
         return page
 
     yield open_page

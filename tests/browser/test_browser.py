@@ -17,6 +17,7 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import log_in
 from tests.browser.stage import BURSTS, HOURLY, Stage
+from tests.conftest import NewServer
 from tests.daemon import publish, wait_for
 from tests.dashboard import TOKEN, dashboard
 
@@ -251,6 +252,17 @@ def test_without_a_token_there_is_nothing_to_press(visit: Visit, desk: Stage) ->
         expect(page.locator("#disarm-dialog")).to_be_hidden()
         for route, body in (("login", "token"), ("logout", "x"), ("disarm", "reason"), ("rearm", "reason")):
             assert post(page, route, **{body: "x"}) == 403, route
+
+
+def test_a_stream_nobody_wrote_to_is_told_as_such(visit: Visit, desk: Stage, new_server: NewServer) -> None:
+    environ = desk.governor.environ | {"REDIS_PORT": str(new_server().port)}
+    with dashboard(desk.governor.home, environ) as empty:
+        page = visit(empty.url, title="^⚠ … · Governor", refusals=True)
+        expect(page.locator("#state-word")).to_have_text("NO EVENTS YET")
+        expect(page.locator("#symbols-empty")).to_have_text("No symbol was seen yet.")
+        expect(page.locator("#plans-empty")).to_have_text("No plan was seen yet.")
+        expect(page.locator("#disarm-body")).to_have_text("It never was disarmed.")
+        clean(page, "empty")
 
 
 def test_stale_data_looks_stale_whoever_died(visit: Visit, desk: Stage) -> None:
