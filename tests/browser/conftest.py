@@ -59,7 +59,7 @@ def visit(browser: Browser, desk: Stage) -> Iterator[Callable[..., Page]]:
     """
     contexts, wrong = [], []
 
-    def open_page(url: str | None = None, *, refusals: bool = False, title: str = "ARMED", **options: Any) -> Page:
+    def open_page(url: str | None = None, *, refusals: bool = False, title: str = "^[●◐■]", **options: Any) -> Page:
         base = url or desk.dashboard.url
         context = browser.new_context(**{"viewport": {"width": 1440, "height": 1280}} | options)
         contexts.append(context)

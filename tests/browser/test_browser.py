@@ -86,11 +86,11 @@ def test_the_page_shows_a_governor_at_work_and_the_day_before_it_was_opened(visi
     page = visit(color_scheme="dark")
     expect(page.locator("#state-word")).to_have_text("ARMED")
     expect(page.locator(".u-wrap canvas")).to_have_count(3)
-    assert page.locator("#favicon").get_attribute("href") == "/static/icon-armed.svg"
-    assert page.locator("#symbols-list li").count() == 6
+    expect(page.locator("#favicon")).to_have_attribute("href", "/static/icon-armed.svg")
+    expect(page.locator("#symbols-list li")).to_have_count(6)
     expect(page.locator("#incidents-list")).to_contain_text("SETTINGS_LOADED")
     expect(page.locator("#disarm-body")).to_contain_text("drill")
-    expect(page.locator("#permits-list li").first).to_be_visible()
+    expect(page.locator("#permits-list li").first).to_be_visible(timeout=15_000)
     first = page.locator("#plans-list button").first.get_attribute("data-plan")
     expect(page.locator("#plans-list button").first).not_to_have_attribute("data-plan", first)
     expect(page.locator(f'#plans-list [data-plan="{first}"]')).to_have_count(1)
@@ -115,8 +115,8 @@ def test_a_disarm_is_seen_within_a_second(
     expect(page.locator("#shout")).to_contain_text("DISARMED. burst_limit_breach")
     expect(page.locator("#proof-head")).to_contain_text("PROVEN: the Apply Layer is in dry run")
     expect(page.locator("#state-why")).to_contain_text(f"symbol {BURSTS}, exec_5min 3, limit 2")
-    assert page.locator("#favicon").get_attribute("href") == "/static/icon-disarmed.svg"
-    assert page.title().startswith("■ DISARMED")
+    expect(page.locator("#favicon")).to_have_attribute("href", "/static/icon-disarmed.svg")
+    expect(page).to_have_title(re.compile("^■ DISARMED"))
     expect(page.locator("#incidents-list")).to_contain_text("AUTO_DISARM")
     assert took < 1, took
     picture(page, "disarmed")
@@ -272,8 +272,8 @@ def test_stale_data_looks_stale_whoever_died(visit: Visit, desk: Stage) -> None:
     with desk.frozen(desk.server.pid):
         expect(banner).to_contain_text("Redis is not reachable", timeout=10_000)
         expect(page.locator("body")).to_have_class("stale")
-        assert page.title().startswith("⚠ STALE (ARMED)")
-        assert page.locator("#favicon").get_attribute("href") == "/static/icon-unknown.svg"
+        expect(page).to_have_title(re.compile(r"^⚠ STALE \(ARMED\)"))
+        expect(page.locator("#favicon")).to_have_attribute("href", "/static/icon-unknown.svg")
         clean(page, "stale")
     expect(banner).to_be_hidden(timeout=15_000)
 
