@@ -106,7 +106,9 @@ def demo(*, seconds: float | None, speed: float, directory: str, port: int, svg:
     """Everything on an embedded server, with a simulated exchange and Apply Layer.
 
     The daemon is the real one, as a process of its own. Within a minute: permits, blocks with their reasons, an
-    expiry, a burst that disarms, the Apply Layer set to dry run, and a re-arm. Ctrl-C leaves nothing running.
+    expiry, a burst that disarms, the Apply Layer set to dry run, and a re-arm. The dashboard runs beside it, on
+    http://127.0.0.1:8045 or another free port, and what it says first tells how every other command finds the
+    demo from a second terminal. Ctrl-C leaves nothing running.
     """
     try:
         from governor import demo as the_demo  # noqa: PLC0415

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
+
 from tests.daemon import wait_for
 
 
@@ -64,6 +66,19 @@ def test_ctrl_c_in_the_live_view_leaves_nothing_running(tmp_path: Path) -> None:
         return b"btc-1" in seen
 
     wait_for(shown, within_s=20, what="the first permit on the screen")
+    (exports,) = tmp_path.glob("demo-*/env")
+    look = f". {exports}; governor check --json; governor settings"
+    looked = subprocess.run(["sh", "-c", look], capture_output=True, text=True, timeout=20, check=True)
+    check, _, settings = looked.stdout.partition("\n")
+    assert json.loads(check)["state"] in ("ARMED", "THROTTLED", "DISARMED")
+    (port,) = (line.partition("=")[2] for line in settings.splitlines() if line.startswith("DASHBOARD_PORT="))
+
+    def dashboard() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return bool(httpx.get(f"http://127.0.0.1:{port}/api/snapshot", trust_env=False).json()["seq"])
+        return False
+
+    wait_for(dashboard, within_s=20, what="the dashboard of the demo")
     os.killpg(process.pid, signal.SIGINT)
     until = time.monotonic() + 10
     while process.poll() is None and time.monotonic() < until:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from decimal import Decimal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class _Demo:
         self.executions = 0
         self.view = View()
         self.tells = ""
+        self.place = ""
         self.seen: dict[str, int] = {}
         self.started = time.monotonic()
 
@@ -76,19 +78,30 @@ class _Demo:
                 store.RedisStore(client, stream=keys.events, halt=keys.halt), keys, now, observe=self._observe
             )
             print(f"demo: Valkey on 127.0.0.1:{stage.port}, data and logs in {self.home}", file=sys.stderr)  # noqa: T201
-            with (self.home / "governor.log").open("ab") as log:
-                daemon = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "governor", "run",
-                    env=stage.environ(), stdout=log, stderr=log, start_new_session=True,
-                )  # fmt: skip
+            daemon = await self._start("run", log="governor.log")
+            # The demo also goes without: its packages are of another extra.
+            dashboard = await self._start("dashboard", log="dashboard.log") if find_spec("starlette") else None
+            if dashboard is not None:
+                self.place = f"dashboard http://127.0.0.1:{stage.dashboard_port}"
+                print(f"demo: {self.place} (token to disarm: {stage.token.read_text()})", file=sys.stderr)  # noqa: T201
+            print(f"demo: for commands in another terminal: . {stage.exports}", file=sys.stderr)  # noqa: T201
             try:
                 await self._play(client, daemon)
             finally:
                 code = await stop(daemon)
+                if dashboard is not None:
+                    await stop(dashboard)
                 with contextlib.suppress(store.StoreError):
                     await self.ledger.catch_up()
                 await client.aclose()
             self._sum_up(code)
+
+    async def _start(self, command: str, *, log: str) -> asyncio.subprocess.Process:
+        with (self.home / log).open("ab") as kept:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "governor", command,
+                env=self.stage.environ(), stdout=kept, stderr=kept, start_new_session=True,
+            )  # fmt: skip
 
     async def _play(self, client: redis.asyncio.Redis, daemon: asyncio.subprocess.Process) -> None:
         stopped = asyncio.Event()
@@ -173,9 +186,7 @@ class _Demo:
     def _picture(self, width: int, height: int) -> Any:
         state, at = self.ledger.state, now()
         mode = effective(self.stage.config.read_bytes(), "APPLY_MODE")
-        around = Around(
-            now=at, place=f"127.0.0.1:{self.stage.port}", heard_at=at, apply_mode=mode or "unknown", tells=self.tells
-        )
+        around = Around(now=at, place=self.place, heard_at=at, apply_mode=mode or "unknown", tells=self.tells)
         told = describe(state, policy_of(state, Policy()), at)
         return Group(*self.view.lines(told, around, width=width, height=height))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
+import shlex
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -19,6 +22,7 @@ KEY, SECRET = "demo-key", "demo-secret"
 POSITIONS = {"BTCUSDT": "0.06", "LTCUSDT": "24", "ADAUSDT": "4000", "ETHUSDT": "-16"}
 STILL = {"ADAUSDT": "0.10668", "ETHUSDT": "377.48", "SOLUSDT": "24.1"}
 """Prices of the symbols the tape does not have."""
+DASHBOARD_PORT = 8045
 SERVICE = "quantum-apply-layer.service"
 SYSTEMCTL = """#!/bin/sh
 # Stands in for systemctl: hands the request to the demo, which runs the Apply Layer, and prints its answer.
@@ -47,7 +51,10 @@ class Stage:
         self.speed = speed
         self.home = home
         self.config = home / "apply-layer.env"
+        self.exports = home / "env"
+        """What a shell reads so that its commands are about this demo."""
         self.restarts = 0
+        self.token = home / "dashboard.token"
         self._wanted_port = port or None
         self._layer: asyncio.subprocess.Process | None = None
         self._environ: dict[str, str] = {}
@@ -77,21 +84,26 @@ class Stage:
             stand_in.write_text(SYSTEMCTL.format(python=sys.executable, socket=socket_path))
             stand_in.chmod(0o755)
             self.config.write_text("# The Apply Layer's environment file, as systemd reads it.\nAPPLY_MODE=testnet\n")
+            self.token.touch(0o600)
+            self.token.write_text(secrets.token_urlsafe())
+            self.dashboard_port, self.metrics_port = _free_ports(DASHBOARD_PORT, 0)
+            self.exports.write_text(
+                "".join(f"export {name}={shlex.quote(to)}\n" for name, to in self._settings().items())
+            )
             stack.push_async_callback(self._stop_layer)
             await self._start_layer()
             yield self
 
     def environ(self) -> dict[str, str]:
         """Environment of the daemon and of every command against it."""
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("GOV_", "REDIS_", "BINANCE_", "CREDENTIALS_"))
-        }
-        return kept | {
+        foreign = ("GOV_", "REDIS_", "BINANCE_", "CREDENTIALS_", "DASHBOARD_")
+        return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | self._settings()
+
+    def _settings(self) -> dict[str, str]:
+        return {
             # Its own journal: another run's would be written back into this one's empty server.
             "STATE_DIRECTORY": str(self.home / "state"),
-            "PATH": f"{self.home / 'bin'}:{os.environ.get('PATH', '')}",
+            "PATH": f"{self.home / 'bin'}:{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
             "REDIS_HOST": "127.0.0.1",
             "REDIS_PORT": str(self.port),
             "BINANCE_BASE_URL": self.exchange.base_url,
@@ -99,7 +111,9 @@ class Stage:
             "BINANCE_TESTNET_API_SECRET": SECRET,
             "APPLY_CONFIG_PATH": str(self.config.resolve()),
             "APPLY_SERVICE": SERVICE,
-            "METRICS_PORT": "0",
+            "METRICS_PORT": str(self.metrics_port),
+            "DASHBOARD_PORT": str(self.dashboard_port),
+            "DASHBOARD_TOKEN_FILE": str(self.token),
             "GOV_PERMIT_TTL_SEC": f"{max(2.0, 12 / self.speed):.3f}",
             "GOV_THROTTLE_COOLDOWN_SEC": f"{max(1.0, 10 / self.speed):.3f}",
             "GOV_MAX_REDUCE_QTY_PER_DAY": "off",
@@ -135,6 +149,21 @@ class Stage:
         with contextlib.suppress(ConnectionError):
             await writer.drain()
         writer.close()
+
+
+def _free_ports(*wanted: int) -> list[int]:
+    """Ports nobody listens on now: the wanted ones where they are free."""
+    with contextlib.ExitStack() as held:
+        found = []
+        for port in wanted:
+            probe = held.enter_context(socket.socket())
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                probe.bind(("127.0.0.1", 0))
+            found.append(probe.getsockname()[1])
+    return found
 
 
 async def stop(process: asyncio.subprocess.Process, *, within_s: float = 3.0) -> int | None:
