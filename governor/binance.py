@@ -16,17 +16,14 @@ long as its window lasts. That is why errors of the HTTP client are replaced, ne
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TypeVar
 
-import httpx
 import msgspec
 
 from governor.binance_errors import (
@@ -56,6 +53,7 @@ from governor.binance_wire import (
     signer,
 )
 from governor.hosts import check_base_url
+from governor.http_client import Answer, HttpClient, UnreadableError
 from governor.logs import Logger
 from governor.market import Market
 
@@ -70,9 +68,12 @@ MAX_IN_FLIGHT = 48
 SINGLE_MARKS_UP_TO = 10
 """All mark prices cost weight 10, one costs 1."""
 KEEP_ALIVE_EVERY_S = 20.0
+IDLE_S = 300.0
 SYNC_EVERY_S = 900.0
 MAX_BODY = 4_000_000
-_ACCEPTED = {"accept": "application/json", "accept-encoding": "gzip, deflate", "user-agent": "quantum-governor"}
+_AGENT = {"user-agent": "quantum-governor"}
+_PACKED = {"accept-encoding": "gzip"}
+"""For answers of all symbols; that of one fits into a packet as it is."""
 MAX_AHEAD_MS = 2000
 
 _SYMBOL = re.compile(r"[A-Z0-9_]{1,32}").fullmatch
@@ -157,12 +158,7 @@ class Binance:
         self._sync_lock = asyncio.Lock()
         self._last_trouble = ""
         self._closed = False
-        _quiet_http_loggers()
-        limits = httpx.Limits(
-            max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=300
-        )
-        # The transport without the client around it, whose cookies, redirects and merged defaults cost as much again.
-        self._http = httpx.AsyncHTTPTransport(trust_env=False, http2=False, limits=limits)
+        self._http = HttpClient(self.base_url, _AGENT, connections=MAX_CONNECTIONS, idle_s=IDLE_S)
 
     def __repr__(self) -> str:
         return f"<Binance {self.base_url}>"
@@ -396,7 +392,7 @@ class Binance:
         self._all_calls.check(self._now())
         if route.signed:
             self._signed_calls.check(self._now())
-        url, headers = self._address(route, symbol)
+        target, headers = self._address(route, symbol)
         if self._weight.add(route.weight, self._server_ms()):
             log.warning("exchange_weight_over_budget", used=self.weight_used, budget=WEIGHT_BUDGET)
         self.stats.requests += 1
@@ -404,7 +400,7 @@ class Binance:
         outcome = "internal"
         started = self._monotonic()
         try:
-            answer = self._read(route, *await self._exchange(url, headers, deadline))
+            answer = self._read(route, *await self._exchange(target, headers, deadline))
             outcome = "ok"
             return answer
         except ExchangeError as error:
@@ -418,46 +414,29 @@ class Binance:
                 self._on_call(name, self._monotonic() - started, outcome)
 
     def _address(self, route: Route[T], symbol: str | None) -> tuple[str, Mapping[str, str]]:
-        """URL and headers. The query is part of the URL, because it is signed as it stands."""
+        """Path with query, and headers. The query is sent as it stands, because so it is signed."""
         query = f"symbol={symbol}" if symbol else ""
-        headers: Mapping[str, str] = {}
+        headers: Mapping[str, str] = {} if symbol else _PACKED
         if route.signed:
             stamp = f"recvWindow={self._recv_window_ms}&timestamp={self._server_ms()}"
-            query, headers = self._signed(f"{query}&{stamp}" if query else stamp)
-        return f"{self.base_url}{route.path}" + (f"?{query}" if query else ""), headers
+            query, key = self._signed(f"{query}&{stamp}" if query else stamp)
+            headers = {**headers, **key}
+        return f"{route.path}?{query}" if query else route.path, headers
 
-    async def _exchange(
-        self, url: str, headers: Mapping[str, str], deadline: float
-    ) -> tuple[int, httpx.Headers, bytes]:
-        """Status, headers and whole body."""
+    async def _exchange(self, target: str, headers: Mapping[str, str], deadline: float) -> Answer:
         try:
-            async with asyncio.timeout_at(deadline), self._answer(url, headers) as response:
-                body = bytearray()
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > MAX_BODY:
-                        break
-                else:
-                    return response.status_code, response.headers, bytes(body)
-                kind = "bad_response"
-        except (TimeoutError, httpx.TimeoutException):
+            async with asyncio.timeout_at(deadline):
+                return await self._http.get(target, headers, most=MAX_BODY)
+        except TimeoutError:
             kind = "timeout"
-        except httpx.DecodingError:
+        except UnreadableError:
             kind = "bad_response"
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError):
+        except OSError:
             kind = "connection"
-        # Raised out here so that it carries no error of the HTTP client, whose request holds the URL.
+        # Raised out here so that it carries nothing of the HTTP client, in whose frames the target is.
         raise ExchangeError(kind)
 
-    @contextlib.asynccontextmanager
-    async def _answer(self, url: str, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
-        response = await self._http.handle_async_request(httpx.Request("GET", url, headers={**_ACCEPTED, **headers}))
-        try:
-            yield response
-        finally:
-            await response.aclose()
-
-    def _read(self, route: Route[T], status: int, headers: httpx.Headers, body: bytes) -> T:
+    def _read(self, route: Route[T], status: int, headers: Mapping[str, str], body: bytes) -> T:
         server_ms = self._server_ms()
         self._weight.told(headers.get("x-mbx-used-weight-1m", ""), server_ms)
         refused = refusal(status, headers, body, server_ms)
@@ -520,17 +499,3 @@ def _as_market(ask: _Ask) -> Market:
         position_error=legs.kind if isinstance(legs, ExchangeError) else None,
         price_error=price.kind if isinstance(price, ExchangeError) else None,
     )
-
-
-class _WarningsOnly(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING
-
-
-_WARNINGS_ONLY = _WarningsOnly()
-
-
-def _quiet_http_loggers() -> None:
-    """Keep the HTTP client's request lines, which hold signed URLs, out of every log whatever its level."""
-    for name in ("httpx", "httpcore.connection", "httpcore.http11"):
-        logging.getLogger(name).addFilter(_WARNINGS_ONLY)

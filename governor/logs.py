@@ -59,9 +59,7 @@ def configure(*, log_format: str, level: str) -> None:
     _wanted = {"log_format": log_format, "level": level}
     if "structlog" in sys.modules:
         _configure_now()
-    # httpx writes every URL to its log, and a signed URL carries the signature.
-    for name in ("httpx", "httpcore", "transitions"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("transitions").setLevel(logging.WARNING)
 
 
 def _configure_now() -> None:

@@ -17,6 +17,7 @@ from events.types import Head
 from governor import envfile
 from governor.checks import AS_ROOT, UNIT, Findings, Look, run, shown, some
 from governor.disarming import in_thread
+from governor.http_client import HttpClient, UnreadableError
 from governor.readiness import base_url
 from governor.service import VERSION
 from governor.settings import TABLE
@@ -25,6 +26,7 @@ SECRETS = tuple(row.name for row in TABLE if row.secret)
 REQUIRED = ("allow", "block", "disarm", "exec_count_hour", "exec_count_5min")
 """The requirement's five metrics, behind `quantum_govern_`."""
 HTTP_S = 3.0
+PAGE_MOST = 16_000_000
 STALLED_S = 5.0
 RECENT_START_S = 3600.0
 JOURNAL_S = 2.0
@@ -90,31 +92,33 @@ def _running(unit: dict[str, str], found: Findings) -> None:
 
 async def metrics(look: Look, found: Findings) -> None:
     """/metrics, /healthz and /readyz."""
-    import httpx  # noqa: PLC0415 - takes as long to import as everything else
-
     settings = look.settings
     if settings.metrics_port == 0:
         found.skip("METRICS_PORT is 0: the daemon took a free one")
         return
     base = base_url(settings)
+    http = HttpClient(base, {}, connections=1, idle_s=HTTP_S)
     try:
-        async with httpx.AsyncClient(base_url=base, trust_env=False, timeout=HTTP_S) as http:
-            pages = [await http.get(path) for path in ("/metrics", "/healthz", "/readyz")]
-    except httpx.HTTPError as error:
+        async with asyncio.timeout(HTTP_S):
+            pages = [await http.get(path, {}, most=PAGE_MOST) for path in ("/metrics", "/healthz", "/readyz")]
+    except (OSError, UnreadableError) as error:
         found.fail(
             f"{base} does not answer ({str(error) or type(error).__name__})",
             f"Is the daemon running (systemctl status {UNIT}), and is METRICS_PORT={settings.metrics_port} the one it "
             "was started with?",
         )
         return
+    finally:
+        await http.aclose()
     page, health, ready = pages
-    _metrics_page(page.text, look.clock() / 1e6, found)
-    if health.status_code != 200:
+    text = ready.body.decode(errors="replace")
+    _metrics_page(page.body.decode(errors="replace"), look.clock() / 1e6, found)
+    if health.status != 200:
         found.fail("/healthz: the loop does not answer", f"The daemon hangs: systemctl restart {UNIT}.")
     try:
-        _readiness(ready.status_code, ready.json(), found)
+        _readiness(ready.status, json.loads(text), found)
     except (ValueError, AttributeError, TypeError):
-        found.fail(f"/readyz answers {ready.text[:80]!r}", f"Something else listens on {base}: set METRICS_PORT.")
+        found.fail(f"/readyz answers {text[:80]!r}", f"Something else listens on {base}: set METRICS_PORT.")
 
 
 def _metrics_page(text: str, now_s: float, found: Findings) -> None:
