@@ -90,7 +90,7 @@ class HttpClient:
 
     def _kept(self) -> _Connection | None:
         oldest = asyncio.get_running_loop().time() - self._idle_s
-        while self._idle and self._idle[0].answered_at < oldest:
+        while self._idle and self._idle[0].answered_at <= oldest:
             self._idle.popleft().abort()
         while self._idle:
             if (connection := self._idle.pop()).free:
@@ -124,6 +124,8 @@ class _Connection(asyncio.Protocol):
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._answer: asyncio.Future[Answer] = self._loop.create_future()
         self._answer.cancel()  # nobody waits for one
+        self._left = 0
+        self._until_closed = False
 
     def ask(self, request: str, most: int) -> asyncio.Future[Answer]:
         """Send a request; the answer, or how it failed."""
@@ -132,9 +134,10 @@ class _Connection(asyncio.Protocol):
         self._left = most
         self.free = False
         self._until_closed = False
-        self._transport.write(request.encode("ascii"))
         if self.closed.done():
             self._fail(ConnectionError("the connection was closed"))
+        else:
+            self._transport.write(request.encode("ascii"))
         return self._answer
 
     def abort(self) -> None:

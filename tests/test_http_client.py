@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import shutil
 import ssl
@@ -89,9 +90,13 @@ async def port(server: Server) -> AsyncIterator[int]:
 
 @pytest.fixture
 async def client(port: int) -> AsyncIterator[HttpClient]:
+    troubles: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: troubles.append(context))
     one = HttpClient(f"http://127.0.0.1:{port}", {"user-agent": "test"}, connections=2, idle_s=60)
     yield one
     await one.aclose()
+    gc.collect()
+    assert not troubles, "what nobody caught"
 
 
 async def ask(client: HttpClient, target: str = "/", **headers: str) -> Answer:
@@ -218,13 +223,24 @@ async def test_an_answer_larger_than_allowed_or_not_packed_as_it_says_is_given_u
 async def test_a_request_that_is_given_up_leaves_no_connection_that_hears_its_answer(
     client: HttpClient, server: Server
 ) -> None:
+    await ask(client)
     server.says = b""
     asked = asyncio.create_task(ask(client))
-    await until(lambda: len(server.requests) == 1)
+    await until(lambda: len(server.requests) == 2)
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
     await until(lambda: server.ended == 1)
+
+
+async def test_a_connection_that_ends_before_it_is_asked_is_a_broken_one(client: HttpClient, server: Server) -> None:
+    connection = await client._connect()
+    await until(lambda: len(server.links) == 1)
+    server.links[0].write(OK)
+    server.links[0].close()
+    await asyncio.wait_for(connection.closed, 5)
+    with pytest.raises(ConnectionError):
+        await connection.ask("GET / HTTP/1.1\r\n\r\n", MOST)
 
 
 async def test_closing_ends_what_is_asked_and_what_is_kept(client: HttpClient, server: Server) -> None:
