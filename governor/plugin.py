@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from events.store import StoreError, UnavailableError
-from governor import readiness
 from governor.connection import connected, ledger_on, now, place
-from governor.readiness import Readiness
+from governor.http_client import UnreadableError
+from governor.readiness import Readiness, Routes
 from governor.settings import Settings
 from governor.status import describe, policy_of
 from governor.telling import clean, span
@@ -122,12 +122,11 @@ async def examine(
         timeout_s: how long it may take; what is not known then is UNKNOWN.
     """
     result = Result()
-    client = readiness.session(ANSWER_S) if daemon and settings.metrics_port else None
     try:
         async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
             group.create_task(_look_at_events(settings, thresholds, result, limits=limits))
-            if client is not None:
-                group.create_task(_look_at_daemon(settings, client, result))
+            if daemon and settings.metrics_port:
+                group.create_task(_look_at_daemon(settings, result))
     except TimeoutError:
         result.found(UNKNOWN, f"no answer within {timeout_s:g} s")
     return result
@@ -207,27 +206,24 @@ def _limits(told: dict[str, Any], thresholds: Thresholds, result: Result, *, eve
             result.found(severity, f"{name.replace('_', ' ')} {_plain(used)} of {_plain(Decimal(limit))}")
 
 
-async def _look_at_daemon(settings: Settings, client: Any, result: Result) -> None:
-    base = readiness.base_url(settings)
-    async with client:
-        result.daemon = told = await readiness.ask(client, base)
+async def _look_at_daemon(settings: Settings, result: Result) -> None:
+    async with contextlib.aclosing(Routes(settings, within_s=ANSWER_S)) as routes:
+        result.daemon = told = await routes.readiness()
         for problem in told.problems:
             result.found(CRITICAL, f"daemon not ready: {problem}" if told.answers else f"daemon down: {problem}")
         for note in told.notes:
             if not note.startswith(("standby:", "drift:")):  # the one is as it should be, the other is in the events
                 result.found(WARNING, f"daemon: {note}")
         if told.answers:
-            _metrics(await _gauges(client, base), result)
+            _metrics(await _gauges(routes), result)
 
 
-async def _gauges(client: Any, base: str) -> dict[str, float]:
+async def _gauges(routes: Routes) -> dict[str, float]:
     """The metrics without labels; empty where they cannot be had."""
-    import httpx  # noqa: PLC0415
-
     found: dict[str, float] = {}
     try:
-        page = (await client.get(f"{base}/metrics")).text
-    except httpx.HTTPError:
+        page = (await routes.get("/metrics")).body.decode(errors="replace")
+    except (OSError, UnreadableError):
         return found
     for line in page.splitlines():
         name, _, value = line.partition(" ")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import json
+from http import HTTPStatus
 
 import msgspec
 
+from governor.http_client import Answer, HttpClient, UnreadableError
 from governor.settings import Settings
+
+IDLE_S = 60.0
+MOST_BYTES = 16_000_000
+"""Of an answer; the metrics of thousands of symbols are less."""
 
 
 class Readiness(msgspec.Struct, frozen=True):
@@ -34,28 +41,44 @@ def base_url(settings: Settings) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.metrics_port}"
 
 
-async def ask(client: Any, base: str) -> Readiness:
-    """Ask an httpx.AsyncClient's `base`/readyz. Never raises for what the other side does."""
-    import httpx  # noqa: PLC0415 - takes as long to import as everything else
+class Routes:
+    """What a daemon with these settings serves, asked over plain HTTP. Closed by `aclose`.
 
-    try:
-        answer = await client.get(f"{base}/readyz")
-        told = answer.json()
-        problems, notes = tuple(map(str, told["problems"])), tuple(map(str, told.get("notes", ())))
-        ready = answer.status_code == 200 and not problems
-        return Readiness(base, True, ready, bool(told.get("active", True)), problems, notes)
-    except httpx.HTTPError as error:
-        return Readiness(base, problems=(f"{base} does not answer ({str(error) or type(error).__name__})",))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return Readiness(base, problems=(f"{base}/readyz is not Governor's",))
-
-
-def session(within_s: float) -> Any:
-    """An HTTP client to ask with, that takes no proxy from the environment.
-
-    It takes a while to make, mostly of importing: nothing that is timed may be under way meanwhile.
+    Args:
+        settings: where it listens.
+        within_s: how long it has for an answer.
     """
-    import httpx  # noqa: PLC0415
 
-    # It is plain HTTP: reading all certificates would take longer than to ask.
-    return httpx.AsyncClient(trust_env=False, timeout=within_s, verify=False)  # noqa: S501
+    def __init__(self, settings: Settings, *, within_s: float) -> None:
+        self.base = base_url(settings)
+        self._within_s = within_s
+        self._http = HttpClient(self.base, {}, connections=2, idle_s=IDLE_S)
+
+    async def get(self, path: str) -> Answer:
+        """Ask once.
+
+        Raises:
+            OSError: it does not answer, or not in time.
+            UnreadableError: with more than `MOST_BYTES`.
+        """
+        async with asyncio.timeout(self._within_s):
+            return await self._http.get(path, {}, most=MOST_BYTES)
+
+    async def readiness(self) -> Readiness:
+        """Ask /readyz. Never raises for what the other side does."""
+        try:
+            answer = await self.get("/readyz")
+            told = json.loads(answer.body)
+            problems, notes = tuple(map(str, told["problems"])), tuple(map(str, told.get("notes", ())))
+            ready = answer.status == HTTPStatus.OK and not problems
+            return Readiness(self.base, True, ready, bool(told.get("active", True)), problems, notes)
+        except (OSError, UnreadableError) as error:
+            return Readiness(
+                self.base, problems=(f"{self.base} does not answer ({str(error) or type(error).__name__})",)
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return Readiness(self.base, problems=(f"{self.base}/readyz is not Governor's",))
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()

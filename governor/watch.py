@@ -16,10 +16,10 @@ from typing import Any
 
 from events.codec import decode
 from events.store import StoreError
-from governor import last_disarm, readiness
+from governor import last_disarm
 from governor.connection import connected, ledger_on, now, place
 from governor.ledger import HistoryError, Ledger
-from governor.readiness import Readiness
+from governor.readiness import Readiness, Routes
 from governor.screen import Screen
 from governor.settings import Settings
 from governor.status import describe, policy_of
@@ -119,10 +119,9 @@ class Source:
         """Ask /readyz, again and again."""
         if self._settings.metrics_port == 0:
             return  # it took a free one, nobody knows which
-        base = readiness.base_url(self._settings)
-        async with await asyncio.to_thread(readiness.session, ASK_S) as client:
+        async with contextlib.aclosing(Routes(self._settings, within_s=ASK_S)) as routes:
             while True:
-                was, self.daemon = self.daemon, await readiness.ask(client, base)
+                was, self.daemon = self.daemon, await routes.readiness()
                 if was is None or was.ready != self.daemon.ready:
                     self._changed()
                 await asyncio.sleep(ASK_S)

@@ -23,7 +23,8 @@ from governor.dashboard.feed import Feed
 from governor.dashboard.guard import HEADERS, Guard, host_name
 from governor.dashboard.login import FAILURES, SESSION_S, Failures, Sessions, read_token
 from governor.dashboard.streams import QUEUED, Client, Hub
-from governor.dashboard.vitals import Growth, Vitals, daemon_url, read_metrics
+from governor.dashboard.vitals import Growth, Vitals, read_metrics
+from governor.readiness import base_url
 from governor.settings import SettingsError, load
 from tests.dashboard import TOKEN, token_file
 
@@ -470,10 +471,9 @@ def test_metrics_are_summed_over_their_labels() -> None:
 
 
 def test_where_the_daemon_is_asked() -> None:
-    def url(**environ: str) -> str | None:
-        return daemon_url(load({"HOME": "/nowhere", **environ}))
+    def url(**environ: str) -> str:
+        return base_url(load({"HOME": "/nowhere", **environ}))
 
     assert url() == "http://127.0.0.1:8044"
     assert url(METRICS_HOST="0.0.0.0", METRICS_PORT="1") == "http://127.0.0.1:1"  # noqa: S104 - nothing listens
     assert url(METRICS_HOST="::", METRICS_PORT="1") == "http://[::1]:1"
-    assert url(METRICS_PORT="0") is None

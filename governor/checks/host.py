@@ -17,8 +17,8 @@ from events.types import Head
 from governor import envfile
 from governor.checks import AS_ROOT, UNIT, Findings, Look, run, shown, some
 from governor.disarming import in_thread
-from governor.http_client import HttpClient, UnreadableError
-from governor.readiness import base_url
+from governor.http_client import UnreadableError
+from governor.readiness import Routes
 from governor.service import VERSION
 from governor.settings import TABLE
 
@@ -26,7 +26,6 @@ SECRETS = tuple(row.name for row in TABLE if row.secret)
 REQUIRED = ("allow", "block", "disarm", "exec_count_hour", "exec_count_5min")
 """The requirement's five metrics, behind `quantum_govern_`."""
 HTTP_S = 3.0
-PAGE_MOST = 16_000_000
 STALLED_S = 5.0
 RECENT_START_S = 3600.0
 JOURNAL_S = 2.0
@@ -96,11 +95,10 @@ async def metrics(look: Look, found: Findings) -> None:
     if settings.metrics_port == 0:
         found.skip("METRICS_PORT is 0: the daemon took a free one")
         return
-    base = base_url(settings)
-    http = HttpClient(base, {}, connections=1, idle_s=HTTP_S)
+    routes = Routes(settings, within_s=HTTP_S)
+    base = routes.base
     try:
-        async with asyncio.timeout(HTTP_S):
-            pages = [await http.get(path, {}, most=PAGE_MOST) for path in ("/metrics", "/healthz", "/readyz")]
+        pages = [await routes.get(path) for path in ("/metrics", "/healthz", "/readyz")]
     except (OSError, UnreadableError) as error:
         found.fail(
             f"{base} does not answer ({str(error) or type(error).__name__})",
@@ -109,7 +107,7 @@ async def metrics(look: Look, found: Findings) -> None:
         )
         return
     finally:
-        await http.aclose()
+        await routes.aclose()
     page, health, ready = pages
     text = ready.body.decode(errors="replace")
     _metrics_page(page.body.decode(errors="replace"), look.clock() / 1e6, found)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
+from http import HTTPStatus
 from typing import Any
 
-import httpx
 import msgspec
 import redis.asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from governor.durability import durability
+from governor.http_client import UnreadableError
+from governor.readiness import Routes
 from governor.settings import Settings
 
 READY_S = 1.0
 METRICS_S = 5.0
 REDIS_S = 15.0
 ANSWER_S = 2.0
-MOST_BYTES = 4_000_000
-"""Of an answer; the daemon's metrics with thousands of symbols have less."""
 HOUR_S = 3600.0
 _PREFIX = "quantum_govern_"
 _WANTED = tuple(f"{_PREFIX}{name}" for name in ("exchange_", "journal_up", "quarantined"))
@@ -37,10 +38,10 @@ class Vitals:
     def __init__(self, settings: Settings, client: redis.asyncio.Redis) -> None:
         self._settings = settings
         self._client = client
-        self._base = daemon_url(settings)
         self._daemon: dict[str, Any] = {
             "answers": False, "ready": None, "problems": [], "notes": [], "asked_at": None,
-            "error": "not asked yet" if self._base else "METRICS_PORT is 0: where the daemon listens is not known",
+            "error": "not asked yet" if settings.metrics_port
+            else "METRICS_PORT is 0: where the daemon listens is not known",
         }  # fmt: skip
         self._metrics: dict[str, float] | None = None
         self._exchange_errors = Growth()
@@ -69,32 +70,28 @@ class Vitals:
 
     async def run(self) -> None:
         """Ask until cancelled."""
-        limits = httpx.Limits(max_connections=2, max_keepalive_connections=2)
-        async with (
-            httpx.AsyncClient(timeout=ANSWER_S, limits=limits, trust_env=False) as http,
-            asyncio.TaskGroup() as group,
-        ):
-            if self._base is not None:
-                group.create_task(_repeat(lambda: self._ask_ready(http), READY_S))
-                group.create_task(_repeat(lambda: self._ask_metrics(http), METRICS_S))
+        routes = Routes(self._settings, within_s=ANSWER_S)
+        async with contextlib.aclosing(routes), asyncio.TaskGroup() as group:
+            if self._settings.metrics_port:
+                group.create_task(_repeat(lambda: self._ask_ready(routes), READY_S))
+                group.create_task(_repeat(lambda: self._ask_metrics(routes), METRICS_S))
             group.create_task(_repeat(self._ask_redis, REDIS_S))
 
-    async def _ask_ready(self, http: httpx.AsyncClient) -> None:
+    async def _ask_ready(self, routes: Routes) -> None:
         told: dict[str, Any] = {"answers": False, "ready": None, "problems": [], "notes": [], "error": None}
         try:
-            status, body = await _get(http, f"{self._base}/readyz")
-            answer = msgspec.json.decode(body, type=_Ready)
-            told |= {"answers": True, "ready": status == httpx.codes.OK}
-            told |= {"problems": answer.problems, "notes": answer.notes}
-        except (httpx.HTTPError, msgspec.MsgspecError, OSError, ValueError) as error:
-            told["error"] = f"{self._base}/readyz: {str(error) or type(error).__name__}"
+            answer = await routes.get("/readyz")
+            ready = msgspec.json.decode(answer.body, type=_Ready)
+            told |= {"answers": True, "ready": answer.status == HTTPStatus.OK}
+            told |= {"problems": ready.problems, "notes": ready.notes}
+        except (msgspec.MsgspecError, OSError, UnreadableError, ValueError) as error:
+            told["error"] = f"{routes.base}/readyz: {str(error) or type(error).__name__}"
         self._daemon = told | {"asked_at": time.time()}
 
-    async def _ask_metrics(self, http: httpx.AsyncClient) -> None:
+    async def _ask_metrics(self, routes: Routes) -> None:
         try:
-            _, body = await _get(http, f"{self._base}/metrics")
-            found = read_metrics(body.decode())
-        except (httpx.HTTPError, OSError, ValueError):
+            found = read_metrics((await routes.get("/metrics")).body.decode())
+        except (OSError, UnreadableError, ValueError):
             self._metrics = None
             return
         self._metrics, at = found, time.monotonic()
@@ -168,24 +165,6 @@ def read_metrics(text: str) -> dict[str, float]:
             name = sample.name.removeprefix(_PREFIX)
             found[name] = found.get(name, 0.0) + sample.value
     return found
-
-
-def daemon_url(settings: Settings) -> str | None:
-    """Where the daemon's routes are; None where its port is not known."""
-    if not settings.metrics_port:
-        return None
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.metrics_host, settings.metrics_host)  # noqa: S104
-    return f"http://[{host}]:{settings.metrics_port}" if ":" in host else f"http://{host}:{settings.metrics_port}"
-
-
-async def _get(http: httpx.AsyncClient, url: str) -> tuple[int, bytes]:
-    async with asyncio.timeout(ANSWER_S), http.stream("GET", url) as answer:
-        body = b""
-        async for part in answer.aiter_bytes():
-            body += part
-            if len(body) > MOST_BYTES:
-                raise ValueError(f"more than {MOST_BYTES} bytes")
-        return answer.status_code, body
 
 
 async def _repeat(ask: Any, every_s: float) -> None:
