@@ -16,11 +16,11 @@ import datetime as dt
 import fcntl
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from events import chain
 from events.codec import microseconds
@@ -309,8 +309,8 @@ class ArchivedStore:
         entries = await self._store.follow(after, timeout_s=timeout_s)
         return await self.read(after) if entries and entries[0].seq > after + 1 else entries
 
-    async def commit(self, commit: Commit) -> frozenset[str]:
-        return await self._store.commit(commit)
+    def commit(self, commit: Commit) -> Coroutine[Any, Any, frozenset[str]]:
+        return self._store.commit(commit)
 
     async def head(self) -> Head:
         return await self._store.head()

@@ -28,6 +28,7 @@ import redis.asyncio
 import redis.exceptions
 
 from events.store import StoreError, UnavailableError
+from events.wire import Wire
 
 FIELDS, NAME_BYTES, VALUE_BYTES, SHORT_BYTES = 257, 1_000, 70_000, 512
 """Kept of an entry: fields, of each name, of all longer values together, and up to what size a value is no longer one.
@@ -132,6 +133,8 @@ class Intake:
         self._redis = connection
         self._streams = streams
         self._clock = clock
+        self._ask: Callable[..., Any] = Wire(connection).ask if Wire.takes(connection) else connection.execute_command
+        """For the read that waits for plans."""
         self._begin()
 
     def _begin(self) -> None:
@@ -220,11 +223,10 @@ class Intake:
 
     async def _wait(self, count: int, block_s: float) -> list[Delivery]:
         block = max(1, int(block_s * 1000))
-        run: Any = self._redis
         # Named in bytes, redis-py leaves the reply as it came.
         words: list[Any] = [b"XREADGROUP", "GROUP", GROUP, CONSUMER, "COUNT", count, "BLOCK", block, "STREAMS"]
         words += [*self._streams, *[">"] * len(self._streams)]
-        deliveries = _deliveries(await run.execute_command(*words))
+        deliveries = _deliveries(await self._ask(*words))
         self._read_at = self._clock()
         self._behind = len(deliveries) >= count
         return deliveries

@@ -24,7 +24,7 @@ Errors:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -38,6 +38,7 @@ from redis.backoff import NoBackoff
 from events.chain import GENESIS
 from events.codec import plain_fields
 from events.types import Entry, Head
+from events.wire import Wire
 
 _SCRIPT = (Path(__file__).parent / "commit.lua").read_text("utf-8")
 
@@ -148,8 +149,8 @@ class Commit(NamedTuple):
 class EventStore(Protocol):
     """What the rest of the program knows of a store."""
 
-    async def commit(self, commit: Commit) -> frozenset[str]:
-        """All of it or nothing. Raises one of StoreError.
+    def commit(self, commit: Commit) -> Coroutine[Any, Any, frozenset[str]]:
+        """All of it or nothing. Raises one of StoreError, once it is awaited; it may be sent with the call.
 
         Returns:
             The keys it was to delete that were not there.
@@ -272,12 +273,22 @@ class RedisStore:
         self._stream = stream
         self._halt = halt
         self._sha: str | None = None
+        self._wire = Wire(connection) if Wire.takes(connection) else None
+        """For commits, one at a time, as the ledger makes them."""
 
-    async def commit(self, commit: Commit) -> frozenset[str]:
+    def commit(self, commit: Commit) -> Coroutine[Any, Any, frozenset[str]]:
         if not commit.entries and (commit.requires or commit.grants):
             raise ValueError("a commit without events has nothing to protect")
         keys, arguments = self._pack(commit)
-        reply = await self._evaluate(keys, arguments)
+        words = (len(keys), *keys, *arguments)
+        wire = self._wire
+        sent = wire.send("EVALSHA", self._sha, *words) if wire is not None and wire.up and self._sha else None
+        return self._committed(commit, words, sent)
+
+    async def _committed(
+        self, commit: Commit, words: tuple[str | bytes | int, ...], sent: asyncio.Future[Any] | None
+    ) -> frozenset[str]:
+        reply = await self._evaluate(words, sent)
         match reply[0]:
             case b"OK":
                 return frozenset(commit.writes[int(index)].key for index in reply[1:])
@@ -355,15 +366,16 @@ class RedisStore:
             arguments += [group, len(ids), *ids]
         return keys, arguments
 
-    async def _evaluate(self, keys: list[str], arguments: list[str | bytes | int]) -> list[bytes]:
+    async def _evaluate(self, words: tuple[str | bytes | int, ...], sent: asyncio.Future[Any] | None) -> list[bytes]:
+        execute = self._execute if self._wire is None else self._wire.ask
         for _ in range(3):
             if self._sha is None:
                 self._sha = await self._call("SCRIPT LOAD", _SCRIPT)
             try:
-                reply: list[bytes] = await self._execute("EVALSHA", self._sha, len(keys), *keys, *arguments)
+                reply: list[bytes] = await (sent or execute("EVALSHA", self._sha, *words))
                 return reply
             except redis.exceptions.NoScriptError:
-                self._sha = None  # a restart or a promotion emptied the script cache
+                self._sha = sent = None  # a restart or a promotion emptied the script cache
             except Exception as error:
                 raise _unavailable(error) from error
         raise UnavailableError("the server forgets the commit script as soon as it is loaded")

@@ -96,7 +96,8 @@ class Keeper:
         self._identify = identify
         self._ttl_us = permit_ttl_us
         self._clock = clock
-        self._always = always
+        self.always = always
+        """Whether an intent is to be on disk before its commit is sent."""
         self._active = active
         self._name = uuid.uuid4().hex
         self._wrote_last = False
@@ -126,6 +127,11 @@ class Keeper:
             return "quarantined"
         return "history_hold" if self._clock() < self.hold_until_us else "whole"
 
+    @property
+    def doubts(self) -> bool:
+        """Whether they have to be compared before the next commit, or contradicted each other when they were."""
+        return self.due or self.quarantine is not None
+
     def doubt(self) -> None:
         """Something may be another server or another history: look before the next commit."""
         self._due, self._next_us = True, 0
@@ -136,22 +142,31 @@ class Keeper:
 
     # -- around a commit -----------------------------------------------------------------------------------------
 
-    async def intend(self, expected: Head, entries: Sequence[Entry]) -> None:
+    def intend(self, expected: Head, entries: Sequence[Entry]) -> None:
         """Write down what is about to be granted.
 
         Raises:
             UnjournaledError: it cannot be.
         """
-        server = self._server.run_id if self._server is not None else ""
         try:
-            journal = self._opened()
-            if self._always:
-                await asyncio.to_thread(journal.intend, expected, entries, server)
-            else:
-                journal.intend(expected, entries, server)
+            self._opened().intend(expected, entries, self._run_id)
         except JournalError as error:
-            self._failed(error)
-            raise UnjournaledError(str(error)) from error
+            raise self._unjournaled(error) from error
+
+    async def intend_on_disk(self, expected: Head, entries: Sequence[Entry]) -> None:
+        """The same where the disk has to be waited for, which is done in a thread. Raises as `intend` does."""
+        try:
+            await asyncio.to_thread(self._opened().intend, expected, entries, self._run_id)
+        except JournalError as error:
+            raise self._unjournaled(error) from error
+
+    @property
+    def _run_id(self) -> str:
+        return self._server.run_id if self._server is not None else ""
+
+    def _unjournaled(self, error: JournalError) -> UnjournaledError:
+        self._failed(error)
+        return UnjournaledError(str(error))
 
     def committed(self, entries: Sequence[Entry]) -> None:
         """These are in the stream now."""
@@ -311,10 +326,9 @@ class Keeper:
             intent = journal.dangling
             if intent is None or found.relation is Relation.CONTRADICTION:
                 return found.relation, head
-            run_id = self._server.run_id if self._server is not None else ""
             first, last = intent.entries[0].seq, intent.head.seq
             hashes = await _hashes(store, min(head.seq, last)) if head.seq >= first else {}
-            if settle(intent, head, hashes.get, run_id) == "void":
+            if settle(intent, head, hashes.get, self._run_id) == "void":
                 journal.void()
             else:
                 journal.committed(intent.head)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from events import chain
@@ -46,6 +46,8 @@ log = Logger("governor.ledger")
 
 MAX_EVENTS = 512
 """A commit is closed once it holds this many events."""
+AHEAD_US = 100_000
+"""What was decided while the commit before it was on its way is sent within this time, or decided again."""
 GRANT_US = 2_000_000
 """A permit reaches the server within this time of its decision, or it is decided again."""
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -87,10 +89,16 @@ class _Item(NamedTuple):
     done: asyncio.Future[Outcome]
 
 
+def _item(proposals: Sequence[Propose]) -> _Item:
+    return _Item(proposals, asyncio.get_running_loop().create_future())
+
+
 class _Draft:
-    """A commit in the making, on a fork of the state."""
+    """A commit in the making, on a fork of the state it expects."""
 
     def __init__(self, state: State, now: int, key: bytes | None) -> None:
+        self.before = state
+        self.expected = Head(state.seq, state.hash)
         self.fork = state.fork()
         self.now = now
         self._key = key
@@ -103,12 +111,27 @@ class _Draft:
         self.acks: list[Ack] = []
         self.revoked = False
         """Whether a permit is revoked in it."""
+        self.outcomes: list[tuple[_Item, Outcome]] = []
+        """Of whom it holds something, once it is committed."""
+
+    @property
+    def full(self) -> bool:
+        # After a revocation nothing is decided until it is known which of the permits had been consumed.
+        return self.revoked or len(self.entries) >= MAX_EVENTS
 
     @property
     def does_something(self) -> bool:
         return bool(self.entries or self.acks or self.writes)
 
-    def add(self, item: _Item) -> Outcome:
+    def take(self, batch: list[_Item]) -> None:
+        """Take in what fits of a batch, from its beginning."""
+        count = 0
+        while count < len(batch) and not self.full:
+            self.outcomes.append((batch[count], self._add(batch[count])))
+            count += 1
+        del batch[:count]
+
+    def _add(self, item: _Item) -> Outcome:
         """Take in what an item proposes, up to one that raises or revokes a permit."""
         values: list[Any] = []
         for propose in item.proposals:
@@ -132,6 +155,14 @@ class _Draft:
             if self.revoked:
                 break
         return Outcome(values, None)
+
+
+class _Flight(NamedTuple):
+    """A commit on its way."""
+
+    draft: _Draft
+    answer: asyncio.Future[frozenset[str]] | None
+    """None: there was nothing to commit."""
 
 
 def _refuse(batch: Sequence[_Item], error: StoreError) -> None:
@@ -188,8 +219,13 @@ class Ledger:
         self._observe = observe
         self._turned = turned
         self._sleep = sleep
-        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+        self._queue: deque[_Item] = deque()
         self._urgent: deque[_Item] = deque()
+        self._waits = asyncio.Event()
+        """Whether there is something for the loop to do."""
+        self._busy = False
+        """Whether somebody is committing."""
+        self._flight: _Flight | None = None
 
     async def open(self) -> None:
         """Fold the stream, verifying it: from its checkpoint where there is one that fits, else from the first event.
@@ -226,11 +262,10 @@ class Ledger:
         """
         await self._open()
         while True:
-            draft = _Draft(self.state, self._clock(), self.audit_key)
-            draft.add(_Item([lambda _state, _now: Proposal([event])], asyncio.get_running_loop().create_future()))
+            draft = self._draft(self.state, [_item([lambda _state, _now: Proposal([event])])])
             draft.writes += views.expected(draft.fork, self.keys, draft.now).values()
             try:
-                await self._commit(draft)
+                await self._landed(await self._launch(draft))
             except ConflictError:
                 await self._read_on()
             else:
@@ -323,13 +358,33 @@ class Ledger:
         Raises:
             RequirementError: a key one of them requires is not so; none of them was committed.
         """
-        item = _Item(proposals, asyncio.get_running_loop().create_future())
-        if urgent:
-            self._urgent.append(item)
-            self._queue.put_nowait(_Item((), asyncio.get_running_loop().create_future()))  # wakes the loop up
-        else:
-            self._queue.put_nowait(item)
-        return await item.done
+        return await self.enter(*proposals, urgent=urgent)
+
+    def enter(self, *proposals: Propose, urgent: bool = False) -> asyncio.Future[Outcome]:
+        """As `submit`, without waiting: the outcome raises what that does."""
+        item = _item(proposals)
+        (self._urgent if urgent else self._queue).append(item)
+        self._waits.set()
+        return item.done
+
+    def start(self) -> None:
+        """Send what waits at once, where nothing is on its way and nothing has to be looked at before.
+
+        The loop goes on with it, or does all of it.
+        """
+        keeper = self.keeper
+        if self._busy or self._flight is not None or self._urgent or not self._queue:
+            return
+        if (keeper is not None and keeper.always) or self._has_to_look(self._queue):
+            return
+        batch = list(self._queue)
+        self._queue.clear()
+        draft = self._draft(self.state, batch)
+        self._queue.extend(batch)
+        try:
+            self._flight = self._launched(draft)
+        except UnjournaledError:  # the loop finds the same, where it is handled
+            self._queue.extendleft(item for item, _ in reversed(draft.outcomes))
 
     async def refresh(self) -> None:
         """Have the running loop fold what others committed."""
@@ -338,9 +393,10 @@ class Ledger:
     async def run(self) -> None:
         """Commit what is submitted, for ever. Waits for the server where it is away."""
         while True:
-            batch = [await self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get_nowait())
+            await self._waits.wait()
+            self._waits.clear()
+            batch = list(self._queue)
+            self._queue.clear()
             await self.commit(batch)
 
     async def propose(self, *proposals: Propose) -> Outcome:
@@ -349,7 +405,7 @@ class Ledger:
         Raises:
             StoreError: it could not be committed, or nobody knows.
         """
-        item = _Item(proposals, asyncio.get_running_loop().create_future())
+        item = _item(proposals)
         await self.commit([item], patient=False)
         return await item.done
 
@@ -359,16 +415,23 @@ class Ledger:
         Raises:
             StoreError: the server is away or refuses, and `patient` is False.
         """
+        self._busy = True
+        try:
+            await self._commit(batch, patient=patient)
+        finally:
+            self._busy = False
+
+    async def _commit(self, batch: list[_Item], *, patient: bool) -> None:
         attempt = 0
-        fresh = all(item.proposals for item in batch)
-        while batch:
+        fresh = True
+        while batch or self._urgent or self._flight is not None:
             self._turned()
             while self._urgent:
-                batch = [self._urgent.popleft(), *batch]
+                batch.insert(0, self._urgent.popleft())
             try:
-                if not fresh or (self.keeper is not None and (self.keeper.due or self.keeper.quarantine is not None)):
-                    await self.catch_up()
-                batch = await self._attempt(batch)
+                if self._flight is None and (not fresh or self._has_to_look(batch)):
+                    await self._look(batch)
+                await self._attempt(batch)
                 self._well()
                 fresh, attempt = True, 0
             except ConflictError:
@@ -395,6 +458,17 @@ class Ledger:
                 await self._sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
                 attempt += 1
 
+    def _has_to_look(self, batch: Iterable[_Item]) -> bool:
+        return (self.keeper is not None and self.keeper.doubts) or not all(item.proposals for item in batch)
+
+    async def _look(self, batch: list[_Item]) -> None:
+        """Catch up, and answer those who asked for no more."""
+        await self.catch_up()
+        for item in batch:
+            if not item.proposals and not item.done.done():
+                item.done.set_result(Outcome([], None))
+        batch[:] = [item for item in batch if item.proposals]
+
     def _well(self) -> None:
         if self.keeper is not None:
             self.keeper.heard()
@@ -411,58 +485,103 @@ class Ledger:
             log.error("cannot commit", kind=kind, error=str(error))
         self.problem = str(error)
 
-    async def _attempt(self, batch: list[_Item]) -> list[_Item]:
-        """One commit of as much of the batch as fits. Returns what is left."""
-        draft = _Draft(self.state, self._clock(), self.audit_key)
-        outcomes: list[tuple[_Item, Outcome]] = []
-        for item in batch:
-            if len(draft.entries) >= MAX_EVENTS:
-                break
-            outcomes.append((item, draft.add(item)))
-            if draft.revoked:
-                break  # what follows is decided once it is known which of them had been consumed
-        correction: list[_Item] = []
-        if draft.does_something:
-            try:
-                gone = await self._commit(draft)
-            except RequirementError as unmet:
-                owner = draft.owners[unmet.index]
-                if not owner.done.done():
-                    owner.done.set_exception(unmet)
-                return [item for item in batch if item is not owner]
-            correction = self._correction(draft.written, gone)
+    async def _attempt(self, batch: list[_Item]) -> None:
+        """Commit what fits of the batch, or see the end of what was sent already. What is left stays in it."""
+        flight, self._flight = self._flight, None
+        draft = flight.draft if flight is not None else self._draft(self.state, batch)
+        ahead: _Draft | None = None
+        try:
+            if flight is None:
+                flight = await self._launch(draft)
+            if flight.answer is not None:
+                ahead = self._ahead(draft, batch)
+            gone = await self._landed(flight)
+        except StoreError as error:
+            batch[:0] = [item for one in (draft, ahead) if one is not None for item, _ in one.outcomes]
+            if not isinstance(error, RequirementError):
+                raise
+            owner = draft.owners[error.index]
+            if not owner.done.done():
+                owner.done.set_exception(error)
+            batch[:] = [item for item in batch if item is not owner]
+            return
+        if ahead is not None:
+            self._follow(ahead, batch)
         self._take(draft)
-        for item, outcome in outcomes:
+        if ahead is not None:
+            ahead.fork.rebase(self.state)
+        for item, outcome in draft.outcomes:
             if not item.done.done():
                 item.done.set_result(outcome)
-        return [*correction, *batch[len(outcomes) :]]
+        batch[:0] = self._correction(draft.written, gone)
 
-    async def _commit(self, draft: _Draft) -> frozenset[str]:
+    def _draft(self, state: State, batch: list[_Item]) -> _Draft:
+        draft = _Draft(state, self._clock(), self.audit_key)
+        draft.take(batch)
+        return draft
+
+    def _ahead(self, draft: _Draft, batch: list[_Item]) -> _Draft | None:
+        """The commit after this one, decided on what this one will leave while the server is at work."""
+        if draft.revoked or self._urgent or (self.keeper is not None and self.keeper.always):
+            return None
+        batch += self._queue
+        self._queue.clear()
+        if not batch or self._has_to_look(batch):
+            return None
+        return self._draft(draft.fork, batch)
+
+    def _follow(self, ahead: _Draft, batch: list[_Item]) -> None:
+        """Send what was drafted ahead, if nothing has come up; else it is decided again."""
+        old = self._clock() - ahead.now > AHEAD_US
+        if not old and not self._urgent and (self.keeper is None or not self.keeper.doubts):
+            with contextlib.suppress(UnjournaledError):  # the next attempt finds the same, where it is handled
+                self._flight = self._launched(ahead)
+                return
+        batch[:0] = [item for item, _ in ahead.outcomes]
+
+    async def _launch(self, draft: _Draft) -> _Flight:
+        """Send a commit, once its intent is where it has to be."""
+        if self.keeper is not None and self.keeper.always and permits.grants(draft.written):
+            await self.keeper.intend_on_disk(draft.expected, draft.entries)
+            return self._send(draft)
+        return self._launched(draft)
+
+    def _launched(self, draft: _Draft) -> _Flight:
+        if self.keeper is not None and permits.grants(draft.written):
+            self.keeper.intend(draft.expected, draft.entries)
+        return self._send(draft)
+
+    def _send(self, draft: _Draft) -> _Flight:
+        if not draft.does_something:
+            return _Flight(draft, None)
         commit = Commit(
-            expected=self._head(),
+            expected=draft.expected,
             entries=draft.entries,
             requires=draft.requires,
             writes=[
                 *permits.writes(draft.written, self.keys),
                 *draft.writes,  # before what the events say: a healed key must not bring back what they have just ended
-                *views.writes(self.state, draft.fork, [recorded.event for recorded in draft.written], self.keys),
+                *views.writes(draft.before, draft.fork, [recorded.event for recorded in draft.written], self.keys),
             ],
             acks=draft.acks,
             grants=permits.grants(draft.written),
             not_after_us=draft.now + self.skew_us + GRANT_US,
         )
+        return _Flight(draft, asyncio.ensure_future(self.store.commit(commit)))
+
+    async def _landed(self, flight: _Flight) -> frozenset[str]:
+        if flight.answer is None:
+            return frozenset()
         keeper = self.keeper
-        if keeper is not None and commit.grants:
-            await keeper.intend(commit.expected, commit.entries)
         try:
             # A commit is never cancelled: its outcome would be unknown for no reason.
-            gone = await asyncio.shield(self.store.commit(commit))
+            gone = await asyncio.shield(flight.answer)
         except StoreError as error:
             if keeper is not None and (isinstance(error, UnsentError) or not isinstance(error, UnavailableError)):
                 keeper.refused()
             raise
         if keeper is not None:
-            keeper.committed(commit.entries)
+            keeper.committed(flight.draft.entries)
             keeper.heard()
         self._refused = False
         return gone
@@ -482,7 +601,7 @@ class Ledger:
         if not late:
             return []
         correct: Propose = lambda state, _now: Proposal(correct_revoked(state, late))  # noqa: E731
-        return [_Item((correct,), asyncio.get_running_loop().create_future())]
+        return [_item((correct,))]
 
     def _head(self) -> Head:
         return Head(self.state.seq, self.state.hash)

@@ -17,10 +17,11 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from decimal import Decimal
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -138,6 +139,8 @@ class Governor:
         self.stopping = False
         self._told = ("", 0.0)
         self._queues: dict[str, deque[Delivery]] = {}
+        self._begun: dict[str, asyncio.Future[Outcome]] = {}
+        """First outcomes of workers that have not started, by symbol."""
         self._waiting = 0
         self._settled = asyncio.Event()
         """Reading plans, from the moment the results' group was made; or waiting for whoever does."""
@@ -290,11 +293,12 @@ class Governor:
                 wait = min(1.0, wait * 2)
                 continue
             results = [d for d in deliveries if d.stream == self.keys.results]
-            for delivery in deliveries:
-                if delivery.stream == self.keys.plans:
-                    self._enqueue(delivery)
+            begun = [self._enqueue(delivery) for delivery in deliveries if delivery.stream == self.keys.plans]
             if results:
                 self._begin(self._settle_results(results), len(results))
+            if not self.policy.credentials:
+                self._decide_at_once(symbol for symbol in begun if symbol is not None)
+                continue
             for _ in range(GIVE_WAY if deliveries else 0):
                 await asyncio.sleep(0)
 
@@ -308,15 +312,29 @@ class Governor:
         missing = lost.untold(entry_id for entry_id, _ in state.entries.items())
         return Proposal(decider.lose(state, (lost.marker,), self.policy, now, count=missing))
 
-    def _enqueue(self, delivery: Delivery) -> None:
+    def _enqueue(self, delivery: Delivery) -> str | None:
+        """Have a plan decided. Returns its symbol where nobody is at work on one of the same yet."""
         symbol = (delivery.fields or {}).get("symbol", "")
         self._take_room(1)
         queue = self._queues.get(symbol)
         if queue is not None:
             queue.append(delivery)
-            return
+            return None
         self._queues[symbol] = deque([delivery])
         self._begin(self._decide_symbol(symbol), 0)
+        return symbol
+
+    def _decide_at_once(self, symbols: Iterable[str]) -> None:
+        """Send what waits for no exchange before anything else happens; its workers hear of the outcome."""
+        for symbol in symbols:
+            self._begun[symbol] = self._submit(self._queues[symbol], None, None)
+        self.ledger.start()
+
+    def _submit(
+        self, queue: deque[Delivery], market: tuple[Market, int] | None, failed: Exception | None
+    ) -> asyncio.Future[Outcome]:
+        rest = (partial(self._propose, delivery, None, None) for delivery in islice(queue, 1, RUN_MOST))
+        return self.ledger.enter(partial(self._propose, queue[0], market, failed), *rest)
 
     def _begin(self, work: Any, room: int) -> None:
         self._take_room(room)
@@ -341,19 +359,20 @@ class Governor:
 
     async def _decide_symbol(self, symbol: str) -> None:
         queue = self._queues[symbol]
+        begun = self._begun.pop(symbol, None)
         market: tuple[Market, int] | None = None
         failed: Exception | None = None
         ask = False
         while queue:
-            run = [queue[i] for i in range(min(len(queue), RUN_MOST))]
             try:
-                if market is None and failed is None and (ask or self._asks_first(run[0])):
-                    market = await self._ask(symbol)
-                first = partial(self._propose, run[0], market, failed)
-                rest = (partial(self._propose, delivery, None, None) for delivery in run[1:])
-                outcome = await self.ledger.submit(first, *rest)
+                if begun is None:
+                    if market is None and failed is None and (ask or self._asks_first(queue[0])):
+                        market = await self._ask(symbol)
+                    begun = self._submit(queue, market, failed)
+                outcome = await begun
             except Exception as error:  # noqa: BLE001 - whatever it was, it blocks this plan alone
                 outcome = Outcome([], error)
+            begun = None
             done = len(outcome.values)
             for _ in range(done):
                 queue.popleft()

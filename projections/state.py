@@ -188,6 +188,11 @@ class State:
         other.forked = True
         return other
 
+    def rebase(self, state: State) -> None:
+        """Stand on another state that answers the same as the one it was forked from."""
+        for name in ("books", "plans", "permits", "entries", "results"):
+            getattr(self, name).rebase(getattr(state, name))
+
     def book(self, symbol: str) -> Book:
         """What is counted for a symbol."""
         return self.books.get(symbol) or _EMPTY

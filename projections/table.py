@@ -30,6 +30,10 @@ class Table(Generic[K, V]):
     def fork(self) -> Table[K, V]:
         return Table(self)
 
+    def rebase(self, base: Table[K, V]) -> None:
+        """Read through to another table, which has the same pairs as the one it was forked from."""
+        self._base = base
+
     def get(self, key: K) -> V | None:
         if self._base is None or key in self._own:
             return self._own.get(key)

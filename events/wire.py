@@ -1,0 +1,151 @@
+"""A connection of redis-py's with nothing in between: for the two commands every plan waits for.
+
+redis-py finds the server, connects, and says who we are; then the connection is taken from its pool and read and
+written here: a command goes out with the call, and its answer is there with the bytes that bring it. Only plain
+connections are taken: what leads to a Sentinel's primary or a cluster's node looks at answers itself.
+
+Nothing is ever sent twice. A command that is given up, or that has no answer in time, aborts the connection, so that
+nothing of it is sent any more and no answer is taken for another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+import hiredis
+import redis.asyncio
+import redis.exceptions
+from redis._parsers.base import BaseParser
+from redis.asyncio.connection import Connection, SSLConnection
+
+
+class Wire(asyncio.Protocol):
+    """One connection of a client, connected when it is first asked and whenever it was lost.
+
+    Args:
+        client: as `events.store.client` makes it, or any other: then there is no wire, see `takes`.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        self._pool: Any = client.connection_pool
+        self._connection: Any = None
+        self._transport: Any = None
+        self._streams: Any = None
+        """redis-py's own protocol, which has to hear of the end."""
+        self._connecting = asyncio.Lock()
+        self._asked: deque[asyncio.Future[Any]] = deque()
+        self._overdue: asyncio.TimerHandle | None = None
+
+    @staticmethod
+    def takes(client: object) -> bool:
+        """Whether the client's connections can be taken."""
+        pool = getattr(client, "connection_pool", None)
+        return getattr(pool, "connection_class", None) in (Connection, SSLConnection)
+
+    @property
+    def up(self) -> bool:
+        """Whether `send` can be called now."""
+        return self._transport is not None
+
+    async def connect(self) -> None:
+        """Be up.
+
+        Raises:
+            redis.exceptions.RedisError, OSError: as redis-py where it cannot connect.
+        """
+        async with self._connecting:
+            if self.up:
+                return
+            await self._let_go()
+            self._connection = connection = await self._pool.get_connection()
+            self._transport = transport = connection._writer.transport  # noqa: SLF001 - the way past its streams
+            self._streams = transport.get_protocol()
+            self._parser = hiredis.Reader(
+                protocolError=redis.exceptions.InvalidResponse, replyError=BaseParser.parse_error
+            )
+            transport.set_protocol(self)
+
+    def send(self, *words: Any) -> asyncio.Future[Any]:
+        """Send a command; it must be up. The answer raises what the server says is wrong, and what goes wrong."""
+        answer = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(self._given_up)
+        self._asked.append(answer)
+        self._transport.write(hiredis.pack_command(words))
+        if self._overdue is None:
+            self._wait()
+        return answer
+
+    async def ask(self, *words: Any) -> Any:
+        """Send a command, connecting first if need be, and wait for its answer."""
+        if not self.up:
+            await self.connect()
+        return await self.send(*words)
+
+    # -- what asyncio tells
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed(data)
+            while (reply := self._parser.gets()) is not False:
+                self._answered(reply)
+        except Exception as error:  # noqa: BLE001 - not what a server says
+            self._abort(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._streams.connection_lost(error)
+        self._abort(error or redis.exceptions.ConnectionError("Connection closed by server."))
+
+    def eof_received(self) -> None:
+        """Closed by asyncio then."""
+
+    def pause_writing(self) -> None:
+        """What waits to be sent is bounded by what is asked."""
+
+    def resume_writing(self) -> None:
+        """As above."""
+
+    # -- answers
+
+    def _answered(self, reply: Any) -> None:
+        answer = self._asked.popleft()
+        if isinstance(reply, Exception):
+            answer.set_exception(reply)
+        else:
+            answer.set_result(reply)
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+        if self._asked:
+            self._wait()
+
+    def _wait(self) -> None:
+        if (within_s := self._connection.socket_timeout) is not None:
+            self._overdue = asyncio.get_running_loop().call_later(within_s, self._too_late)
+
+    def _too_late(self) -> None:
+        self._abort(redis.exceptions.TimeoutError("Timeout reading from the server"))
+
+    def _given_up(self, answer: asyncio.Future[Any]) -> None:
+        if answer.cancelled():
+            self._abort(redis.exceptions.ConnectionError("a command before it was given up"))
+
+    def _abort(self, why: Exception) -> None:
+        """Nobody knows what became of what was asked."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+        asked, self._asked = self._asked, deque()
+        for answer in asked:
+            if not answer.done():
+                answer.set_exception(why)
+
+    async def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+            await self._pool.release(connection)
