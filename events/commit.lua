@@ -8,41 +8,29 @@
 -- ARGV: expected seq, expected hash, until when it may grant permits (server time in us; 0: it grants none), counts of
 --   requirements, entries, writes, acknowledgements, then
 --   requirement: present (0|1)
---   entry:       id, number of strings, field, value …
+--   entry:       event, seq, timestamp, data, hash, number of further strings, further field, its value …
 --   write:       set|del|list, ttl in ms (0: none), number of values, value …
 --   acknowledge: group, number of ids, id …
-local argument = 0
-local function take()
-  argument = argument + 1
-  return ARGV[argument]
-end
-local function take_some(count)
-  local values = {}
-  for i = 1, count do values[i] = take() end
-  return values
-end
-local key = 0
-local function take_key()
-  key = key + 1
-  return KEYS[key]
-end
--- unpack fails on lists of some thousands.
-local function call_with_many(values, ...)
-  local command = {...}
-  for i = 1, #values, 1000 do
-    local part = {unpack(command)}
-    for j = i, math.min(i + 999, #values) do part[#part + 1] = values[j] end
-    redis.call(unpack(part))
+local KEYS, ARGV, call = KEYS, ARGV, redis.call
+local at = 7
+-- With the next so many arguments; unpack fails on some thousands.
+local function call_with_many(count, ...)
+  local first, last = at + 1, at + count
+  at = last
+  for from = first, last, 1000 do
+    local command, to = {...}, math.min(from + 999, last)
+    for i = from, to do command[#command + 1] = ARGV[i] end
+    call(unpack(command))
   end
 end
 
-local events, halt = take_key(), take_key()
-local expected_seq, expected_hash, grants = take(), take(), take()
+local events, halt = KEYS[1], KEYS[2]
+local expected_seq, expected_hash, grants = ARGV[1], ARGV[2], ARGV[3]
 local requirements, entries, writes, acknowledgements =
-  tonumber(take()), tonumber(take()), tonumber(take()), tonumber(take())
+  tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 
 local seq, hash = '0', string.rep('0', 64)
-local last = redis.call('XREVRANGE', events, '+', '-', 'COUNT', 1)[1]
+local last = call('XREVRANGE', events, '+', '-', 'COUNT', 1)[1]
 if last then
   for i = 1, #last[2], 2 do
     if last[2][i] == 'seq' then seq = last[2][i + 1] elseif last[2][i] == 'hash' then hash = last[2][i + 1] end
@@ -51,44 +39,50 @@ end
 if seq ~= expected_seq or hash ~= expected_hash then return {'CONFLICT', seq, hash} end
 
 for i = 1, requirements do
-  if redis.call('EXISTS', take_key()) ~= tonumber(take()) then return {'REQUIREMENT', tostring(i - 1), ''} end
+  if call('EXISTS', KEYS[2 + i]) ~= tonumber(ARGV[at + i]) then return {'REQUIREMENT', tostring(i - 1), ''} end
 end
+at = at + requirements
 if grants ~= '0' then
   -- A commit can lie in a frozen connection; a permit must not outlive the data it was decided on.
-  local time = redis.call('TIME')
+  local time = call('TIME')
   if tonumber(time[1]) * 1000000 + tonumber(time[2]) > tonumber(grants) then return {'LATE', '', ''} end
-  local brake = redis.call('TYPE', halt).ok
-  if brake ~= 'none' then return {'HALTED', brake == 'string' and redis.call('GET', halt) or '', ''} end
+  local brake = call('TYPE', halt).ok
+  if brake ~= 'none' then return {'HALTED', brake == 'string' and call('GET', halt) or '', ''} end
 end
+local streams = 2 + requirements + writes
 for i = 1, acknowledgements do
-  local kind = redis.call('TYPE', KEYS[2 + requirements + writes + i]).ok
+  local name = KEYS[streams + i]
+  local kind = call('TYPE', name).ok
   if kind ~= 'stream' and kind ~= 'none' then
-    return redis.error_reply('WRONGTYPE ' .. KEYS[2 + requirements + writes + i] .. ' is a ' .. kind .. ', expected a stream')
+    return redis.error_reply('WRONGTYPE ' .. name .. ' is a ' .. kind .. ', expected a stream')
   end
 end
 
 for _ = 1, entries do
-  local id = take()
-  redis.call('XADD', events, id, unpack(take_some(tonumber(take()))))
+  local event, number, timestamp, data, digest = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4], ARGV[at + 5]
+  local further = tonumber(ARGV[at + 6])
+  at = at + 6 + further
+  call('XADD', events, number .. '-0', 'event', event, 'seq', number, 'timestamp', timestamp, 'data', data, 'hash', digest,
+    unpack(ARGV, at - further + 1, at))
 end
 local gone = {'OK'}
 for i = 1, writes do
-  local name, op, ttl = take_key(), take(), tonumber(take())
-  local values = take_some(tonumber(take()))
-  if op == 'set' and ttl > 0 then
-    redis.call('SET', name, values[1], 'PX', ttl)
-  elseif op == 'set' then
-    redis.call('SET', name, values[1])
+  local name, op, ttl, count = KEYS[2 + requirements + i], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
+  at = at + 3
+  if op == 'set' then
+    if ttl == '0' then call('SET', name, ARGV[at + 1]) else call('SET', name, ARGV[at + 1], 'PX', ttl) end
+    at = at + count
   else
-    if redis.call('DEL', name) == 0 and op == 'del' then gone[#gone + 1] = tostring(i - 1) end
-    if op == 'list' and #values > 0 then
-      call_with_many(values, 'RPUSH', name)
-      if ttl > 0 then redis.call('PEXPIRE', name, ttl) end
+    if call('DEL', name) == 0 and op == 'del' then gone[#gone + 1] = tostring(i - 1) end
+    if op == 'list' and count > 0 then
+      call_with_many(count, 'RPUSH', name)
+      if ttl ~= '0' then call('PEXPIRE', name, ttl) end
     end
   end
 end
-for _ = 1, acknowledgements do
-  local name, group = take_key(), take()
-  call_with_many(take_some(tonumber(take())), 'XACK', name, group)
+for i = 1, acknowledgements do
+  local group, count = ARGV[at + 1], tonumber(ARGV[at + 2])
+  at = at + 2
+  call_with_many(count, 'XACK', KEYS[streams + i], group)
 end
 return gone

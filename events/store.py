@@ -358,8 +358,7 @@ class RedisStore:
         arguments += [int(require.present) for require in commit.requires]
         for entry in commit.entries:
             extra = [part for pair in plain_fields(entry) for part in pair]
-            arguments += [f"{entry.seq}-0", 10 + len(extra), "event", entry.name, "seq", entry.seq]
-            arguments += ["timestamp", entry.timestamp, "data", entry.data, "hash", entry.hash, *extra]
+            arguments += (*entry, len(extra), *extra)
         for write in commit.writes:
             arguments += [write.op, write.ttl_ms, len(write.values), *write.values]
         for (_, group), ids in acks.items():

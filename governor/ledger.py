@@ -45,7 +45,9 @@ from projections.state import State, evolve, initial
 log = Logger("governor.ledger")
 
 MAX_EVENTS = 512
-"""A commit is closed once it holds this many events."""
+"""A commit is closed once it holds this many events,"""
+MAX_PROPOSALS = 64
+"""or this many proposals: the next ones are decided while it is on its way."""
 AHEAD_US = 100_000
 """What was decided while the commit before it was on its way is sent within this time, or decided again."""
 GRANT_US = 2_000_000
@@ -111,13 +113,15 @@ class _Draft:
         self.acks: list[Ack] = []
         self.revoked = False
         """Whether a permit is revoked in it."""
+        self.proposals = 0
+        """How many were taken in."""
         self.outcomes: list[tuple[_Item, Outcome]] = []
         """Of whom it holds something, once it is committed."""
 
     @property
     def full(self) -> bool:
         # After a revocation nothing is decided until it is known which of the permits had been consumed.
-        return self.revoked or len(self.entries) >= MAX_EVENTS
+        return self.revoked or len(self.entries) >= MAX_EVENTS or self.proposals >= MAX_PROPOSALS
 
     @property
     def does_something(self) -> bool:
@@ -152,6 +156,7 @@ class _Draft:
             self.writes += proposal.writes
             self.acks += proposal.acks
             values.append(proposal.value)
+            self.proposals += 1
             if self.revoked:
                 break
         return Outcome(values, None)
