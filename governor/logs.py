@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import logging
 import os
 import sys
 from typing import Any, TextIO
+
+import msgspec
 
 _wanted: dict[str, str] | None = None
 """What was configured before there was anything to log."""
@@ -39,13 +41,30 @@ class _Unbreakable:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             return self._stream.write(text)
-        return 0
+        except (OSError, ValueError):
+            return 0
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:  # noqa: SIM105 - every decision comes here
             self._stream.flush()
+        except (OSError, ValueError):
+            pass
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=str)
+
+
+def _json(content: dict[str, Any], **_: Any) -> str:
+    """As `json.dumps`, in a third of the time."""
+    try:
+        encoded = msgspec.json.format(_ENCODER.encode(content), indent=0)
+        if encoded.isascii():
+            return encoded.decode()
+    except (UnicodeError, OverflowError, TypeError, ValueError):
+        pass
+    return json.dumps(content, default=str)
 
 
 def configure(*, log_format: str, level: str) -> None:
@@ -76,7 +95,7 @@ def _configure(*, log_format: str, level: str) -> None:
     renderer: Any = (
         structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ and sys.stderr.isatty())
         if console
-        else structlog.processors.JSONRenderer(default=str)
+        else structlog.processors.JSONRenderer(serializer=_json)
     )
     structlog.configure(
         processors=[
@@ -88,6 +107,6 @@ def _configure(*, log_format: str, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
-        logger_factory=structlog.PrintLoggerFactory(_Unbreakable(sys.stderr)),  # type: ignore[arg-type]
+        logger_factory=structlog.WriteLoggerFactory(_Unbreakable(sys.stderr)),  # type: ignore[arg-type]
         cache_logger_on_first_use=False,
     )

@@ -7,6 +7,7 @@ with the next event that touches it. Which keys an event touches is told here, a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import assert_never
 
 from events.codec import dumps, seconds
@@ -102,6 +103,12 @@ def writes(before: State, after: State, events: Iterable[Event], keys: Keys) -> 
     return found
 
 
+@lru_cache(maxsize=100_000)
+def _seconds(time: int) -> bytes:
+    """The same executions are written again with each new one."""
+    return seconds(time).encode()
+
+
 def state_write(state: State, keys: Keys) -> Write:
     """`quantum:governor:state`."""
     mode = state.mode
@@ -131,8 +138,8 @@ def disarm_write(state: State, keys: Keys) -> Write:
 def symbol_writes(state: State, symbol: str, keys: Keys) -> list[Write]:
     """`exec`, `daily` and `daily_qty` of one symbol: the list newest first, the totals of today and yesterday."""
     book = state.book(symbol)
-    newest = [seconds(time).encode() for time in reversed(book.executions[-windows.KEPT :])]
-    found = [Write("list", keys.executions(symbol), tuple(newest), DAY_MS)]
+    newest = tuple(map(_seconds, reversed(book.executions[-windows.KEPT :])))
+    found = [Write("list", keys.executions(symbol), newest, DAY_MS)]
     today = day_of(state.time)
     for day in (today - 1, today):
         counted = totals.on(book.days, day)
