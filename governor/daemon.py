@@ -44,6 +44,8 @@ LONGEST_BAN_US = 3 * 86_400_000_000
 """The exchange bans for three days at most."""
 THREAD_SWITCH_S = 0.0005
 """The default of 5 ms lets a scrape hold a permit up that long."""
+YOUNG = 10_000
+"""New objects until garbage is looked for; the default of 700 is a few plans."""
 T = TypeVar("T")
 
 
@@ -271,6 +273,7 @@ async def _accept_server(connection: redis.asyncio.Redis, settings: Settings) ->
 
 def _ready(notifier: Notifier) -> None:
     gc.collect()
+    gc.set_threshold(YOUNG)
     gc.freeze()  # what a start leaves behind lives as long as the process: no permit waits for it to be looked at again
     notifier.send(READY="1")
     log.info("ready")

@@ -6,7 +6,7 @@ with the next event that touches it. Which keys an event touches is told here, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from typing import assert_never
 
@@ -90,9 +90,7 @@ def writes(before: State, after: State, events: Iterable[Event], keys: Keys) -> 
     symbols, mode = touched(events)
     found = []
     for symbol in sorted(symbols):
-        counted = {day.day for day in before.book(symbol).days}
-        there = {key(symbol, day) for day in counted for key in (keys.daily, keys.daily_qty)}
-        found += [write for write in symbol_writes(after, symbol, keys) if write.op != "del" or write.key in there]
+        found += symbol_writes(after, symbol, keys, there=[day.day for day in before.book(symbol).days])
     if mode:
         found.append(state_write(after, keys))
         if before.mode.disarm is not None and after.mode.disarm is None:
@@ -135,19 +133,27 @@ def disarm_write(state: State, keys: Keys) -> Write:
     return Write("set", keys.disarm(day_of(disarm.at)), (dumps(content),), DAY_MS)
 
 
-def symbol_writes(state: State, symbol: str, keys: Keys) -> list[Write]:
-    """`exec`, `daily` and `daily_qty` of one symbol: the list newest first, the totals of today and yesterday."""
+def symbol_writes(state: State, symbol: str, keys: Keys, *, there: Container[int] | None = None) -> list[Write]:
+    """`exec`, `daily` and `daily_qty` of one symbol: the list newest first, the totals of today and yesterday.
+
+    Args:
+        state: to be shown.
+        symbol: which.
+        keys: their names.
+        there: days of which there are totals, None for any: only those are deleted.
+    """
     book = state.book(symbol)
     newest = tuple(map(_seconds, reversed(book.executions[-windows.KEPT :])))
     found = [Write("list", keys.executions(symbol), newest, DAY_MS)]
     today = day_of(state.time)
     for day in (today - 1, today):
         counted = totals.on(book.days, day)
-        amounts = ((keys.daily(symbol, day), counted.notional), (keys.daily_qty(symbol, day), counted.quantity))
         if counted in book.days:
-            found += [Write("set", key, (text(amount).encode(),), DAY_MS) for key, amount in amounts]
-        else:
-            found += [Write("del", key) for key, _ in amounts]
+            notional, quantity = text(counted.notional).encode(), text(counted.quantity).encode()
+            found.append(Write("set", keys.daily(symbol, day), (notional,), DAY_MS))
+            found.append(Write("set", keys.daily_qty(symbol, day), (quantity,), DAY_MS))
+        elif there is None or day in there:
+            found += [Write("del", keys.daily(symbol, day)), Write("del", keys.daily_qty(symbol, day))]
     return found
 
 
