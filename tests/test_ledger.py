@@ -132,6 +132,173 @@ async def running(it: Ledger) -> AsyncIterator[None]:
             await task
 
 
+# -- the next one is decided while one is on its way -----------------------------------------------------------------
+
+
+class Slow(Flaky):
+    """A store whose commits wait until they are let go."""
+
+    def __init__(self, *trouble: str) -> None:
+        super().__init__(*trouble)
+        self.asked = 0
+        self.go = asyncio.Event()
+
+    async def commit(self, commit: Commit) -> frozenset[str]:
+        self.asked += 1
+        await self.go.wait()
+        return await super().commit(commit)
+
+
+class Told:
+    """Proposes an event, and tells what it saw each time it was asked."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.saw: list[tuple[int, int]] = []
+        """Number of the last event and errors counted."""
+
+    def __call__(self, state: State, _now: int) -> Proposal:
+        self.saw.append((state.seq, len(state.errors)))
+        return Proposal([error(self.kind)], value=self.kind)
+
+
+def once(kind: str) -> Propose:
+    return lambda state, _now: Proposal([] if state.errors else [error(kind)])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(2):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def two_in_turn(it: Ledger, store: Slow, first: Propose, second: Told) -> list[asyncio.Task[Outcome]]:
+    """Two submissions; the first is on its way, the second was decided on what it will leave."""
+    tasks = [asyncio.create_task(it.submit(each)) for each in (first, second)]
+    await until(lambda: store.asked and second.saw)
+    assert second.saw == [(1, 1)]
+    assert it.state.seq == 0
+    assert not any(task.done() for task in tasks)
+    return tasks
+
+
+@pytest.fixture
+def one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every proposal is a commit of its own."""
+    monkeypatch.setattr(module, "MAX_PROPOSALS", 1)
+
+
+@pytest.mark.usefixtures("one_each")
+async def test_what_waits_is_decided_while_a_commit_is_on_its_way() -> None:
+    it = await opened(store := Slow())
+    async with running(it):
+        tasks = await two_in_turn(it, store, say(error("a")), second := Told("b"))
+        store.go.set()
+        await asyncio.gather(*tasks)
+    assert second.saw == [(1, 1)]
+    assert [commit.expected.seq for commit in store.commits] == [0, 1]
+    assert digest(it.state) == refold(store)
+
+
+@pytest.mark.usefixtures("one_each")
+@pytest.mark.parametrize("trouble", ["before", "after", "refused"])
+async def test_what_was_decided_ahead_is_decided_again_where_the_commit_before_it_went_wrong(trouble: str) -> None:
+    it = await opened(store := Slow(trouble))
+    async with running(it):
+        tasks = await two_in_turn(it, store, once("a"), second := Told("b"))
+        store.go.set()
+        await asyncio.gather(*tasks)
+    assert second.saw == [(1, 1), (1, 1)]
+    assert [codec.decode(entry).event.kind for entry in store.entries] == ["a", "b"]  # type: ignore[union-attr]
+    assert digest(it.state) == refold(store)
+
+
+@pytest.mark.usefixtures("one_each")
+async def test_what_was_decided_ahead_is_decided_again_where_others_wrote_first() -> None:
+    store = Slow()
+    it, other = await opened(store), await opened(store)
+    async with running(it):
+        tasks = await two_in_turn(it, store, say(error("a")), second := Told("b"))
+        store.entries += codec.encode_all([error("theirs")], after=GENESIS, at=NOON)
+        store.go.set()
+        await asyncio.gather(*tasks)
+    assert second.saw == [(1, 1), (2, 2)]
+    assert it.conflicts == 1
+    await other.catch_up()
+    assert digest(it.state) == digest(other.state) == refold(store)
+
+
+@pytest.mark.usefixtures("one_each")
+async def test_what_was_decided_ahead_is_decided_again_where_the_answer_took_long() -> None:
+    time = NOON
+    store = Slow()
+    it = Ledger(store, KEYS, lambda: time)
+    await it.open()
+    async with running(it):
+        tasks = await two_in_turn(it, store, say(error("a")), second := Told("b"))
+        time += module.AHEAD_US + 1
+        store.go.set()
+        await asyncio.gather(*tasks)
+    assert second.saw == [(1, 1), (1, 1)]
+    assert it.state.time == time
+
+
+@pytest.mark.usefixtures("one_each")
+async def test_what_is_urgent_comes_before_what_was_decided_ahead() -> None:
+    it = await opened(store := Slow())
+    async with running(it):
+        tasks = await two_in_turn(it, store, say(error("a")), second := Told("b"))
+        urgent = asyncio.create_task(it.submit(say(error("urgent")), urgent=True))
+        await asyncio.sleep(0)
+        store.go.set()
+        await asyncio.gather(*tasks, urgent)
+    assert second.saw == [(1, 1), (2, 2)]
+    assert digest(it.state) == refold(store)
+
+
+async def test_nothing_is_decided_ahead_of_what_a_revocation_found() -> None:
+    it = await opened(store := Slow())
+    store.go.set()
+    async with running(it):
+        await it.submit(plan(it))
+        store.go.clear()
+        burst = lambda state, now: Proposal(decider.disarm_by_hand(state, reason="r", operator="o", apply_mode=None))  # noqa: ARG005, E731
+        tasks = [asyncio.create_task(it.submit(burst)), asyncio.create_task(it.submit(second := Told("b")))]
+        await until(lambda: store.asked == 2)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert second.saw == []
+        store.go.set()
+        await asyncio.gather(*tasks)
+    assert len(second.saw) == 1
+
+
+async def test_what_is_started_is_sent_before_the_loop_comes_to_it() -> None:
+    it = await opened(store := Slow())
+    outcome = it.enter(say(error("a"), value="a"))
+    it.start()
+    it.start()
+    await until(lambda: store.asked == 1)
+    store.go.set()
+    async with running(it):
+        assert await outcome == Outcome(["a"], None)
+        assert (await it.submit(say(error("b"), value="b"))).values == ["b"]
+    assert [len(commit.entries) for commit in store.commits] == [1, 1]
+    assert digest(it.state) == refold(store)
+
+
+async def test_what_asks_for_news_is_not_started() -> None:
+    it = await opened(store := Slow())
+    asked = [asyncio.create_task(it.refresh()), asyncio.create_task(it.submit(say(error("a"))))]
+    await asyncio.sleep(0)
+    it.start()
+    await asyncio.sleep(0)
+    assert store.asked == 0
+    store.go.set()
+    async with running(it):
+        await asyncio.gather(*asked)
+
+
 # -- one ledger ----------------------------------------------------------------------------------------------------
 
 
