@@ -38,7 +38,7 @@ from events.types import Entry, Event, Head, HistoryRestored, PermitRevoked, Rec
 from governor import permits
 from governor.decider import correct_revoked
 from governor.history import Keeper, QuarantineError, UnjournaledError
-from governor.logs import Logger
+from governor.logs import Logger, together
 from projections import checkpoint, views
 from projections.state import State, evolve, initial
 
@@ -593,8 +593,9 @@ class Ledger:
 
     def _take(self, draft: _Draft) -> None:
         """What was committed becomes the state."""
-        for recorded in draft.written:
-            self._fold(recorded)
+        with together():
+            for recorded in draft.written:
+                self._fold(recorded)
 
     def _correction(self, written: Sequence[Recorded], gone: frozenset[str]) -> list[_Item]:
         """Permits this commit revoked and did not find were consumed before: that comes next."""

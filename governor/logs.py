@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import msgspec
@@ -37,20 +39,37 @@ class Logger:
 class _Unbreakable:
     """A stream whose reader may go away: a log line is lost then, and nothing else."""
 
+    held: list[str] | None = None
+    """What is to be written together."""
+
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        if _Unbreakable.held is not None:
+            _Unbreakable.held.append(text)
+            return len(text)
         try:
             return self._stream.write(text)
         except (OSError, ValueError):
             return 0
 
     def flush(self) -> None:
-        try:  # noqa: SIM105 - every decision comes here
+        with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
-        except (OSError, ValueError):
-            pass
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is logged in it is written at its end, in one go. Nothing may be waited for in it."""
+    held: list[str] = []
+    _Unbreakable.held = held
+    try:
+        yield
+    finally:
+        _Unbreakable.held = None
+        if held:
+            _Unbreakable(sys.stderr).write("".join(held))
 
 
 _ENCODER = msgspec.json.Encoder(enc_hook=str)

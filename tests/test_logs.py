@@ -1,4 +1,5 @@
 import datetime as dt
+import io
 import json
 import logging
 import os
@@ -175,3 +176,30 @@ Logger("test").info("told", number=1)
     assert json.loads(done.stderr) | {"timestamp": ""} == {
         "event": "told", "number": 1, "level": "info", "timestamp": "",
     }  # fmt: skip
+
+
+def test_what_is_logged_together_is_written_in_one_go_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Stream())
+    logs.configure(log_format="json", level="INFO")
+    log = structlog.get_logger()
+    with logs.together():
+        log.info("a")
+        log.info("b")
+    log.info("c")
+    assert [[json.loads(line)["event"] for line in text.splitlines()] for text in written] == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize("value", ["plain", "ü", "\ud800", "\u2028", None, True, 7, 1 << 70, 0.25, ["a", 1], {"b": {}}])
+def test_a_line_reads_as_json_dumps_writes_it(value: object, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(log_format="json", level="INFO")
+    structlog.get_logger().info("x", value=value)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == json.dumps(json.loads(line))
+    assert json.loads(line)["value"] == value
