@@ -108,7 +108,11 @@ def dumps(value: object) -> bytes:
 
 def encode(event: Event, *, after: Head, at: int, key: bytes | None = None) -> Entry:
     """The entry that continues the stream after `after`."""
-    data, timestamp, seq = _ENCODER.encode(event), seconds(at), after.seq + 1
+    return _encode(event, after, seconds(at), key)
+
+
+def _encode(event: Event, after: Head, timestamp: str, key: bytes | None) -> Entry:
+    data, seq = _ENCODER.encode(event), after.seq + 1
     digest = chain.link(after.hash, event.NAME, seq, timestamp, data, key=key)
     return Entry(event.NAME, seq, timestamp, data, digest)
 
@@ -116,8 +120,9 @@ def encode(event: Event, *, after: Head, at: int, key: bytes | None = None) -> E
 def encode_all(events: Iterable[Event], *, after: Head, at: int, key: bytes | None = None) -> list[Entry]:
     """Entries for events of one moment, each linked to the one before."""
     entries: list[Entry] = []
+    timestamp = seconds(at)
     for event in events:
-        entries.append(encode(event, after=after, at=at, key=key))
+        entries.append(_encode(event, after, timestamp, key))
         after = entries[-1].head
     return entries
 

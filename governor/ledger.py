@@ -113,6 +113,8 @@ class _Draft:
         self.acks: list[Ack] = []
         self.revoked = False
         """Whether a permit is revoked in it."""
+        self.grants = False
+        """Whether one is granted."""
         self.proposals = 0
         """How many were taken in."""
         self.outcomes: list[tuple[_Item, Outcome]] = []
@@ -134,6 +136,7 @@ class _Draft:
             self.outcomes.append((batch[count], self._add(batch[count])))
             count += 1
         del batch[:count]
+        self.grants = permits.grants(self.written)
 
     def _add(self, item: _Item) -> Outcome:
         """Take in what an item proposes, up to one that raises or revokes a permit."""
@@ -546,13 +549,13 @@ class Ledger:
 
     async def _launch(self, draft: _Draft) -> _Flight:
         """Send a commit, once its intent is where it has to be."""
-        if self.keeper is not None and self.keeper.always and permits.grants(draft.written):
+        if self.keeper is not None and self.keeper.always and draft.grants:
             await self.keeper.intend_on_disk(draft.expected, draft.entries)
             return self._send(draft)
         return self._launched(draft)
 
     def _launched(self, draft: _Draft) -> _Flight:
-        if self.keeper is not None and permits.grants(draft.written):
+        if self.keeper is not None and draft.grants:
             self.keeper.intend(draft.expected, draft.entries)
         return self._send(draft)
 
@@ -569,7 +572,7 @@ class Ledger:
                 *views.writes(draft.before, draft.fork, [recorded.event for recorded in draft.written], self.keys),
             ],
             acks=draft.acks,
-            grants=permits.grants(draft.written),
+            grants=draft.grants,
             not_after_us=draft.now + self.skew_us + GRANT_US,
         )
         return _Flight(draft, asyncio.ensure_future(self.store.commit(commit)))
