@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from functools import lru_cache
 
 DAY_US = 86_400_000_000
 _EPOCH = dt.date(1970, 1, 1).toordinal()
@@ -13,6 +14,7 @@ def day_of(at: int) -> int:
     return at // DAY_US
 
 
+@lru_cache(maxsize=64)
 def date_of(day: int) -> str:
     """`YYYY-MM-DD` of a day number."""
     return dt.date.fromordinal(_EPOCH + day).isoformat()
