@@ -132,6 +132,10 @@ class Keeper:
         """Whether they have to be compared before the next commit, or contradicted each other when they were."""
         return self.due or self.quarantine is not None
 
+    def knows_more(self, seq: int) -> bool:
+        """Whether the journal goes on behind this event."""
+        return self.behind is None and self.journal is not None and self.journal.head.seq > seq
+
     def doubt(self) -> None:
         """Something may be another server or another history: look before the next commit."""
         self._due, self._next_us = True, 0

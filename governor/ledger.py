@@ -261,6 +261,9 @@ class Ledger:
                 await self._read_on(decoders=FOLDED)
         finally:
             self._observe = observe
+        if self.keeper is not None and self.keeper.knows_more(self.state.seq):
+            self.keeper.doubt()
+            raise HistoryError(f"the event stream lost its end while it was read: it was event {self.state.seq}")
 
     async def restored(self, event: HistoryRestored) -> None:
         """The stream has back what it had lost: fold it, and tell, with the public keys.

@@ -401,6 +401,32 @@ async def test_one_that_is_killed_before_it_told_tells_when_it_is_back(pair: Pai
     assert pair.told() == ["first", "second", "HISTORY_RESTORED"]
 
 
+async def test_a_server_emptied_between_the_comparison_and_the_reading_begins_no_second_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(tmp_path)
+    await pair.write(0, "first")
+    keeper = pair.ledgers[0].keeper
+    assert keeper is not None
+    keeper.close()
+    restarted = pair.ledger(tmp_path / "one", active=True)
+    keeper = restarted.keeper
+    assert keeper is not None
+    compare = keeper.reconcile
+
+    async def and_then_it_is_emptied(ledger: Ledger) -> None:
+        await compare(ledger)
+        pair.store.entries.clear()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper, "reconcile", and_then_it_is_emptied)
+        with pytest.raises(StoreError, match="lost its end while it was read"):
+            await restarted.open()
+    pair.ledgers[0] = restarted
+    assert await pair.waits(0) == 0.5
+    assert pair.told() == ["first", "HISTORY_RESTORED"]
+
+
 async def test_a_disk_that_fails_during_the_comparison_does_not_end_a_quarantine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
