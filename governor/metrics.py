@@ -127,6 +127,8 @@ class Metrics(Collector):
         self._snapshot = snapshot
         self._max = max_symbols
         self._symbols: set[str] = set()
+        self._allow: dict[str, Counter] = {}
+        """Of `allow`, by symbol."""
         self.allow = Counter("quantum_govern_allow", "Plans allowed.", ["symbol"], registry=registry)
         self.block = Counter("quantum_govern_block", "Plans blocked.", ["symbol", "reason"], registry=registry)
         self.skip = Counter("quantum_govern_skip", "Plans skipped.", ["reason"], registry=registry)
@@ -193,7 +195,7 @@ class Metrics(Collector):
         """Count one event."""
         match recorded.event:
             case Decision(verdict="EXECUTE") as event:
-                self.allow.labels(self.symbol(event.symbol)).inc()
+                self._allowed(self.symbol(event.symbol)).inc()
                 self._decided(event, now)
             case Decision(verdict="BLOCK") as event:
                 self.block.labels(self.symbol(event.symbol), _known(event.reason)).inc()
@@ -214,6 +216,12 @@ class Metrics(Collector):
                 self.unpermitted.inc()
             case _:
                 pass
+
+    def _allowed(self, symbol: str) -> Counter:
+        counter = self._allow.get(symbol)
+        if counter is None:
+            counter = self._allow[symbol] = self.allow.labels(symbol)
+        return counter
 
     def _decided(self, event: Decision, now: int) -> None:
         self.decision_seconds.observe(max(0, now - entry_time(event.entry_id)) / 1e6)

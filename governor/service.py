@@ -595,12 +595,8 @@ class Governor:
                 await self._brake(value or b"")
 
     async def _end_permits(self) -> None:
-        now = self.clock()
-        due = [
-            plan_id
-            for plan_id, held in self.ledger.state.permits.items()
-            if now >= held.expires_us - permits.TAKE_BACK_US
-        ]
+        until = self.clock() + permits.TAKE_BACK_US
+        due = [plan_id for plan_id, held in self.ledger.state.permits.items() if held.expires_us <= until]
         if due:
             there = await self.ledger.store.values(*map(self.keys.permit, due))
             ends = (self._end_permit(plan_id, gone=held is None) for plan_id, held in zip(due, there, strict=True))
