@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
@@ -22,6 +22,7 @@ from events.codec import decode
 from events.keys import Keys
 from events.store import RedisStore
 from events.types import Decision
+from events.wire import Wire
 from governor import decider
 from governor.connection import now
 from governor.gates import Situation
@@ -694,20 +695,21 @@ async def _commit(what: str, port: int, seconds: float, entry_id: str) -> None:
 
 
 def stop_itself_at_the_commit(when: str) -> None:
-    send: Callable[..., Awaitable[None]] = store._send
+    send = Wire.send
     done = False
 
-    async def stop_and_send(connection: Any, args: tuple[Any, ...]) -> None:
+    def stop_and_send(wire: Wire, *words: Any) -> asyncio.Future[Any]:
         nonlocal done
-        now_is_it = not done and args[0] == "EVALSHA" and KEYS.events in args
+        now_is_it = not done and words[0] == "EVALSHA" and KEYS.events in words
         done = done or now_is_it
         if now_is_it and when == "before":
             os.kill(os.getpid(), signal.SIGSTOP)
-        await send(connection, args)
+        answer = send(wire, *words)
         if now_is_it and when == "after":
             os.kill(os.getpid(), signal.SIGSTOP)
+        return answer
 
-    store._send = stop_and_send
+    Wire.send = stop_and_send  # type: ignore[method-assign, assignment]
 
 
 def ledger_on(connection: redis.asyncio.Redis) -> Ledger:
