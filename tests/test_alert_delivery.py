@@ -213,6 +213,20 @@ def test_an_answer_is_shown_without_any_piece_of_the_url() -> None:
     assert told.startswith("401 for ")
 
 
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("json://user:a-b-c-d-e-f@127.0.0.1/x", "a-b-c-d-e-f"),
+        ("mailtos://me:p%40s%2Fw1@mail.example", "p@s/w1"),
+        ("mailtos://me:p%40s%2Fw1@mail.example", "p%40s%2Fw1"),
+        ("tgram://123456:AAE-x_y-zz_QQ/99", "AAE-x_y-zz_QQ"),
+        ("json://127.0.0.1/a?+X-Token=q1-w2-e3", "q1-w2-e3"),
+    ],
+)
+def test_a_secret_of_short_pieces_is_hidden_as_a_whole(url: str, secret: str) -> None:
+    assert without(f"refused: '{secret}' is wrong", url) == "refused: '…' is wrong"
+
+
 @pytest.mark.parametrize("url", ["nosuch://host/topic", "tgram://x", "mailto://"])
 def test_a_url_apprise_cannot_use_is_refused_by_its_number_and_not_shown(url: str) -> None:
     with pytest.raises(SettingsError) as caught:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from governor.alerts.messages import Tone
 from governor.settings import SettingsError
 
 INSTALL = "pip install 'quantum-governor[alerts]'"
+_parts = re.compile(r"[/?&=@#]+").split
+"""A user and password, a token, a host: each is hidden as a whole,"""
 _pieces = re.compile(r"[^A-Za-z0-9]+").split
+"""and then piece by piece, where only some of it is shown."""
 SECRET_LEAST = 4
-"""Pieces of a URL that are shorter are too common to be hidden."""
+"""What is shorter is too common to be hidden."""
 
 
 class Sending(NamedTuple):
@@ -76,8 +79,10 @@ def _target(apprise: Any, asset: Any, number: int, url: str, count: int) -> Send
 
 def without(text: str, url: str) -> str:
     """Text on one line, without the pieces of a URL that may be secret."""
-    secret = url.partition("://")[2]
-    pieces = {piece for piece in _pieces(f"{secret} {unquote(secret)}") if len(piece) >= SECRET_LEAST}
-    for piece in sorted(pieces, key=len, reverse=True):
+    pieces: set[str] = set()
+    for part in _parts(url.partition("://")[2]):
+        for spelled in (part, unquote(part), quote(unquote(part), safe="")):
+            pieces |= {spelled, *spelled.split(":", 1), *_pieces(spelled)}
+    for piece in sorted((piece for piece in pieces if len(piece) >= SECRET_LEAST), key=len, reverse=True):
         text = re.sub(re.escape(piece), "…", text, flags=re.IGNORECASE)
     return " ".join(text.split())[:300]
