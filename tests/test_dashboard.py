@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from governor.connection import connected, ledger_on
+from governor.dashboard import serving
 from governor.settings import load
 from tests.conftest import NewServer
 from tests.daemon import Daemon, daemon, events_of, publish, wait_for
@@ -259,6 +261,18 @@ def test_a_re_arm_waits_for_the_end_of_the_disarm(scene: Scene) -> None:
     assert scene.board.wait(lambda seen: seen["status"]["disarm"]["error"])["status"]["state"] == "DISARMED"
 
 
+def test_before_a_re_arm_the_file_is_told_as_it_is(scene: Scene) -> None:
+    scene.board.login()
+    assert scene.board.http.post("/api/disarm", json={"reason": "bad fills"}).json()["done"] is True
+    scene.board.wait(lambda seen: seen["status"]["state"] == "DISARMED")
+    assert "says dry run" in " ".join(scene.board.http.get("/api/rearm").json()["says"])
+    scene.daemon.config.write_text("APPLY_MODE=live\n")
+    scene.board.wait(lambda seen: seen["status"]["drift"])
+    told = " ".join(scene.board.http.get("/api/rearm").json()["says"])
+    assert "says dry run" not in told
+    assert "was set to APPLY_MODE=live by hand" in told
+
+
 def test_the_feed_goes_on_while_a_disarm_takes_its_time(scene: Scene) -> None:
     stand_in = scene.daemon.home / "bin" / "systemctl"
     wait = f"#!/bin/sh\nuntil [ -e {scene.daemon.home}/go ]; do sleep 0.02; done"
@@ -288,6 +302,36 @@ def test_a_disarm_of_an_emptied_stream_pulls_the_brake_and_begins_no_second_hist
         seen = scene.board.wait(lambda seen: seen["status"]["disarm"] and seen["status"]["disarm"]["done"])
     assert (seen["status"]["reason"], seen["status"]["disarm"]["operator"]) == ("what is this", "dashboard:127.0.0.1")
     assert seen["health"]["events"]["began_again"]
+
+
+def test_a_disarm_right_after_redis_lost_its_events_begins_no_second_history_either(
+    scene: Scene, tmp_path: Path
+) -> None:
+    elsewhere = {"GOV_JOURNAL_DIR": str(tmp_path / "none"), "DASHBOARD_TOKEN_FILE": token_file(tmp_path)}
+    with dashboard(tmp_path, scene.daemon.environ, **elsewhere) as board, scene.server.client() as client:
+        board.ready()
+        board.login()
+        scene.daemon.kill()
+        client.flushall()
+        told = board.http.post("/api/disarm", json={"reason": "what is this"}).json()
+        assert (told["code"], told["state"]) == (1, None)
+        assert client.exists("quantum:stream:governor.events") == 0
+        scene.daemon.start()
+        board.wait(lambda seen: seen["status"]["disarm"] and seen["status"]["disarm"]["done"])
+    assert scene.daemon.readiness()["ready"]
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out(scene: Scene) -> None:
+    scene.board.login()
+    with ExitStack() as open_ones:
+        for number in range(serving.CONNECTIONS + 20):
+            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", scene.board.port)))
+            if number % 2:
+                one.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        with watching(scene.board.url) as page:
+            page.wait("snapshot")
+            assert scene.board.http.post("/api/disarm", json={"reason": "crowded"}).json()["done"] is True
+            page.wait("tick", lambda told: told["status"]["state"] == "DISARMED")
 
 
 def test_it_writes_nothing_and_needs_no_more_than_to_read(tmp_path: Path) -> None:

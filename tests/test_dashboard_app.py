@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from governor.connection import client as client_of
 from governor.dashboard import serving
 from governor.dashboard.app import application
 from governor.dashboard.board import Board
-from governor.dashboard.control import Control, refusal_of
+from governor.dashboard.control import REARMS, Control, refusal_of
 from governor.dashboard.feed import Feed
 from governor.dashboard.guard import HEADERS, Guard, host_name
 from governor.dashboard.login import FAILURES, SESSION_S, Failures, Sessions, read_token
@@ -317,6 +318,25 @@ async def test_a_re_arm_is_refused_while_nobody_knows_the_state() -> None:
         assert "not up to date" in told["refusal"]
         answer = await http.post("/api/rearm", json={"reason": "looked", "typed": "rearm"}, headers=PAGE)
         assert (answer.status_code, answer.json()["error"]) == (409, f"refused: {told['refusal']}")
+
+
+async def test_a_disarm_does_not_wait_for_re_arms_that_hang() -> None:
+    web, let_go = Web(token=TOKEN), threading.Event()
+
+    async def hangs() -> dict[str, Any]:
+        assert let_go.wait(20)
+        return {"code": 0, "message": "done"}
+
+    async def works() -> dict[str, Any]:
+        return {"code": 0, "message": "done"}
+
+    carry_out = web.control._carry_out
+    re_arms = [asyncio.create_task(carry_out(hangs, refused=409, most=REARMS)) for _ in range(REARMS)]
+    await asyncio.sleep(0)  # they have begun
+    assert (await carry_out(works, refused=409, most=REARMS)).status_code == 503
+    assert (await carry_out(works)).status_code == 200
+    let_go.set()
+    assert [(await each).status_code for each in re_arms] == [200] * REARMS
 
 
 # -- the token -------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from events.chain import GENESIS
 from events.codec import dumps
 from events.store import StoreError, Write
 from events.types import Rearmed
 from governor import by_hand, decider
-from governor.connection import connected, ledger_on, now
+from governor.connection import connected, ledger_on, now, stream_on
 from governor.dashboard.board import Board
 from governor.dashboard.feed import Feed
 from governor.dashboard.guard import address, error, foreign
@@ -35,7 +36,11 @@ REASON = 500
 WORD = "rearm"
 """What has to be typed to re-arm."""
 ACTIONS = 8
-"""Disarms and re-arms under way at once; more are refused."""
+"""Disarms and re-arms under way at once; more are refused,"""
+REARMS = 4
+"""and so are re-arms where so many are: a disarm never waits for them."""
+LOOK_S = 1.0
+"""Redis has this long to say whether there are events, before a disarm goes on."""
 OFF = "control is off: DASHBOARD_TOKEN_FILE is not set"
 
 T = TypeVar("T")
@@ -160,10 +165,7 @@ class Control:
             return error("say why; it is recorded", 400)
         operator = self._operator(request)
         log.warning("disarm asked for", operator=operator, reason=reason)
-        state = self._feed.state
-        if self._feed.error is None and state is not None and not state.seq:
-            return await self._carry_out(lambda: brake(self._settings, reason=reason, operator=operator))
-        return await self._carry_out(lambda: by_hand.disarm(self._settings, reason=reason, operator=operator))
+        return await self._carry_out(lambda: stop(self._settings, reason=reason, operator=operator))
 
     async def preview(self, request: Request) -> Response:
         """`GET /api/rearm`: what a re-arm would do now."""
@@ -189,16 +191,16 @@ class Control:
         operator = self._operator(request)
         log.warning("re-arm asked for", operator=operator, reason=reason)
         work = partial(by_hand.rearm, self._settings, reason=reason, operator=operator, force=False, restore=False)
-        return await self._carry_out(work, refused=409)
+        return await self._carry_out(work, refused=409, most=REARMS)
 
     def _operator(self, request: Request) -> str:
         return f"dashboard:{address(request, behind_proxy=self._proxy)}"
 
     async def _carry_out(
-        self, work: Callable[[], Coroutine[Any, Any, dict[str, Any]]], *, refused: int = 200
+        self, work: Callable[[], Coroutine[Any, Any, dict[str, Any]]], *, refused: int = 200, most: int = ACTIONS
     ) -> Response:
         """Do it in a thread and a loop of its own: the feed goes on, and it does not end with the request."""
-        if self._actions >= ACTIONS:
+        if self._actions >= most:
             return error("too much is under way already", 503)
         self._actions += 1
         try:
@@ -214,6 +216,24 @@ class Control:
         if told["code"] and refused != 200:
             return error(told["message"], refused)
         return _answer(told)
+
+
+async def stop(settings: Settings, *, reason: str, operator: str) -> dict[str, Any]:
+    """Disarm. Whether there are events is looked at now: what is shown may be from before Redis lost them.
+
+    Returns:
+        What to tell, as `by_hand.disarm` does.
+
+    Raises:
+        StoreError: Redis is not reachable any more.
+    """
+    try:
+        async with connected(settings, answer_s=LOOK_S) as client:
+            empty = await stream_on(client, settings).head() == GENESIS
+    except StoreError:
+        empty = False  # it knows what to do without Redis
+    act = brake if empty else by_hand.disarm
+    return await act(settings, reason=reason, operator=operator)
 
 
 async def brake(settings: Settings, *, reason: str, operator: str) -> dict[str, Any]:
@@ -259,14 +279,17 @@ def consequences(state: State, settings: Settings) -> list[str]:
         told.append(f"It was disarmed at {moment(disarm.at / 1e6)}{by}: {clean(disarm.reason)}.")
     told.append(f"{Rearmed.NAME} is recorded with your reason and begins epoch {mode.epoch + 1}.")
     told.append("From that moment on plans get permits again. Windows and totals stay as they are, errors begin at 0.")
-    told.append(
-        f"The Apply Layer stays as the disarm left it: {settings.apply_config_path} says dry run. This page never "
-        f"changes it; a person who may write it does, with: sudo governor rearm --reason ... --restore"
-    )
+    file = settings.apply_config_path
     if mode.drift is not None:
         told.append(
-            f"BUT that file was set to APPLY_MODE={clean(mode.drift)} by hand: it trades as soon as there are permits."
+            f"BUT {file} was set to APPLY_MODE={clean(mode.drift)} by hand: it trades as soon as there are permits. "
+            "This page never changes it."
         )
+        return told
+    told.append(
+        f"The Apply Layer stays as the disarm left it: {file} says dry run. This page never changes it; a person who "
+        "may write it does, with: sudo governor rearm --reason ... --restore"
+    )
     return told
 
 

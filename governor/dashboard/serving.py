@@ -36,15 +36,30 @@ REDIS_S = 2.0
 """Redis has this long for an answer."""
 CONNECTIONS = 250
 """More are refused: those that stream, twice."""
+IDLE_FROM = 200
+"""From so many on, the oldest one that asks for nothing makes room for a new one."""
 STOP_S = 1
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, whose requests can close their connection at once: a client that does not read never ends itself."""
+    """uvicorn's, whose requests can close their connection at once: a client that does not read never ends itself.
+
+    Nor does one that never says what it wants; enough of those would keep everybody else out.
+    """
 
     def connection_made(self, transport: Any) -> None:
         self.app_state = self.app_state | {"abort": transport.abort}
+        self.opened = self.loop.time()
+        if len(self.connections) >= IDLE_FROM:
+            idle = [each for each in self.connections if isinstance(each, Protocol) and each.idle]
+            if idle:
+                min(idle, key=lambda each: each.opened).transport.abort()
         super().connection_made(transport)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return getattr(self.cycle, "response_complete", True) and not self.transport.is_closing()
 
 
 class _Server(uvicorn.Server):
@@ -58,8 +73,9 @@ class _Server(uvicorn.Server):
 def main(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     configure(log_format=settings.log_format, level=settings.log_level)
-    for name in ("uvicorn", "asyncio"):  # what they tell at lower levels names addresses and requests
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # What they tell at lower levels names addresses and requests; uvicorn warns of each request it cannot read.
+    for name, level in (("uvicorn", logging.ERROR), ("asyncio", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
     try:
         token = None if settings.dashboard_token_file is None else read_token(settings.dashboard_token_file)
         listening = listen(settings)
