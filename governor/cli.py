@@ -17,6 +17,7 @@ from governor.console import (
     DIFFERS,
     DONE,
     FAILED,
+    Number,
     fail,
     from_option,
     history,
@@ -96,8 +97,8 @@ def run() -> None:
     exits=codes(redis=False),
     see=("governor run", "governor status --watch"),
 )
-@click.option("--seconds", type=click.FloatRange(min=1), help="Run without the live view for so long, then sum up.")
-@click.option("--speed", type=click.FloatRange(1, 10), default=1.0, show_default=True, help="Tell the story faster.")
+@click.option("--seconds", type=Number(min=1), help="Run without the live view for so long, then sum up.")
+@click.option("--speed", type=Number(1, 10), default=1.0, show_default=True, help="Tell the story faster.")
 @click.option("--var", "directory", default="var", show_default=True, help="Where the demo keeps its data.")
 @click.option("--port", type=int, default=0, help="Port of the embedded server; a free one by default.")
 @click.option("--svg", type=click.Path(dir_okay=False, writable=True), help="Keep a picture of the live view.")
@@ -161,7 +162,7 @@ def dashboard() -> None:
     "every_s",
     is_flag=False,
     flag_value="1",
-    type=click.FloatRange(0.1, 3600),
+    type=Number(0.1, 3600),
     metavar="[SECONDS]",
     help="Stay, and show it as it changes, on the whole terminal: drawn every SECONDS (1), a change of the state at "
     "once. q or Ctrl-C ends it.",

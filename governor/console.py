@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import gc
 import getpass
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -254,6 +255,16 @@ def head_of(text: str | None, *, option: str) -> Head | None:
     if not (seq.isascii() and seq.isdecimal() and digest):
         raise click.BadParameter(f"{text!r}, expected SEQ:HASH", param_hint=option)
     return Head(int(seq), digest)
+
+
+class Number(click.FloatRange):
+    """A number in a range; what is not a number is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
 
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}

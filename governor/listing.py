@@ -91,7 +91,7 @@ NAME = _EventName()
 @click.option("--since", metavar="TIME", help="Only events from then on: ISO 8601, unix seconds, or -2h (s, m, h, d).")
 @click.option("--name", multiple=True, type=NAME, help="Only events of this name (repeatable).")
 @click.option("--plan", metavar="PLAN_ID", help="Only events of this plan.")
-@click.option("--symbol", help="Only events of this symbol.")
+@click.option("--symbol", help="Only events of this symbol, in capitals or not.")
 @click.option(
     "--verdict",
     multiple=True,
@@ -129,7 +129,8 @@ def events(
     somebody (critical: a disarm and what became of it, an execution nobody permitted, drift), green a permit and what
     ends a trouble.
     """
-    if target is not None and (follow or since or any(chosen.values())):
+    chooses = limit is not None or since is not None or any(value not in (None, ()) for value in chosen.values())
+    if target is not None and (follow or chooses):
         raise click.UsageError("--export writes all events: it goes without --follow and what chooses some of them")
     if files and follow:
         raise click.UsageError("a file does not grow: --follow goes without --from")
@@ -173,7 +174,7 @@ class _Choice(NamedTuple):
         return (
             (not self.name or event.NAME in self.name)
             and (self.plan is None or getattr(event, "plan_id", None) == self.plan)
-            and (self.symbol is None or getattr(event, "symbol", None) == self.symbol)
+            and (self.symbol is None or (getattr(event, "symbol", None) or "").upper() == self.symbol.upper())
             and (not self.verdict or getattr(event, "verdict", None) in self.verdict)
             and (self.level is None or LEVELS.index(level_of(event)) >= LEVELS.index(self.level))
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from governor.console import duration, json_option, load_settings, print_json
+from governor.console import Number, duration, json_option, load_settings, print_json
 from governor.manual import Command
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def unknown(why: str) -> NoReturn:
 @click.option(
     "--warning",
     "-w",
-    type=click.FloatRange(0, 100),
+    type=Number(0, 100),
     default=80,
     show_default=True,
     metavar="PERCENT",
@@ -72,7 +72,7 @@ def unknown(why: str) -> NoReturn:
 @click.option(
     "--critical",
     "-c",
-    type=click.FloatRange(0, 100),
+    type=Number(0, 100),
     default=100,
     show_default=True,
     metavar="PERCENT",
@@ -88,7 +88,7 @@ def unknown(why: str) -> NoReturn:
     "--timeout",
     "-t",
     "timeout_s",
-    type=click.FloatRange(0.1, 3600),
+    type=Number(0.1, 3600),
     default=10,
     show_default=True,
     metavar="SECONDS",

@@ -270,6 +270,8 @@ def test_somebody_else_on_the_daemons_port_is_no_daemon(calm: Daemon) -> None:
     [
         (["--nope"], {}, "No such option"),
         (["-w", "many"], {}, "is not a valid float"),
+        (["-w", "nan"], {}, "'nan' is not a number"),
+        (["-t", "nan"], {}, "'nan' is not a number"),
         (["-w", "90", "-c", "10"], {}, "--warning 90 is above --critical 10"),
         (["--age-warning", "soon"], {}, "expected a span such as 90s"),
         ([], {"GOV_MAX_EXEC_PER_HOUR": "many"}, "GOV_MAX_EXEC_PER_HOUR"),

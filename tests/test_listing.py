@@ -53,6 +53,7 @@ def names(one: Daemon, *words: str) -> list[str]:
     [
         (["--verdict", "BLOCK"], ["DECISION"]),
         (["--verdict", "EXECUTE", "--symbol", "BTCUSDT"], ["DECISION"] * 2),
+        (["--verdict", "EXECUTE", "--symbol", "btcusdt"], ["DECISION"] * 2),
         (["--verdict", "EXECUTE", "--verdict", "SKIP"], ["DECISION"] * 4),
         (["--plan", "p1", "--level", "warning"], []),
         (["--name", "permit_expired"], []),
@@ -110,6 +111,8 @@ async def test_since_is_found_without_reading_everything() -> None:
         (["--level", "loud"], "'loud' is not one of 'info', 'warning', 'critical'"),
         (["--since", "soon"], "'soon', expected ISO 8601"),
         (["--export", "x.jsonl", "--verdict", "BLOCK"], "--export writes all events"),
+        (["--export", "x.jsonl", "-n", "3"], "--export writes all events"),
+        (["--export", "x.jsonl", "--plan", ""], "--export writes all events"),
     ],
 )
 def test_a_word_nobody_knows_is_a_usage_error_that_says_what_was_expected(
