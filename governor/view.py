@@ -96,7 +96,7 @@ class View:
         top += [_since(told, around), *_loud(told, around, width), *_daemon(around, width)]
         top += [_disarm(self.last_disarm, told), *self._totals(told, width, short=height < _SHORT)]
         rest = max(0, height - len(top) - len(foot))
-        symbols, permits = self._symbols(told, width), _permits(told, around.now)
+        symbols, permits = self._symbols(told, around, width), _permits(told, around.now)
         if height < _SHORT and not told["permits"]:
             permits = []
         for_events = min(len(self._events) + 1, max(4, rest // 3))
@@ -138,7 +138,7 @@ class View:
             return [Text.assemble(limits, "   ", plans)]
         return [limits] if short else [limits, plans]
 
-    def _symbols(self, told: dict[str, Any], width: int) -> list[Text]:
+    def _symbols(self, told: dict[str, Any], around: Around, width: int) -> list[Text]:
         """A line a symbol, the last active first: windows and totals as bars, and when it is allowed again."""
         if not told["symbols"]:
             return [Text("no symbol has traded yet", style="dim")]
@@ -155,7 +155,7 @@ class View:
                 bar = self._bar(values[name], min(16, column - 5), room=column)
                 bar.truncate(column, overflow="ellipsis")
                 row.append_text(bar).append(" " * (column - bar.cell_len + 2))
-            found.append(row.append_text(_next(values, told)))
+            found.append(row.append_text(_next(values, told, halted=around.halted is not None)))
         return found
 
     def _bar(self, pair: dict[str, Any], cells: int, *, room: int = 1000) -> Text:
@@ -289,12 +289,15 @@ def _permits(told: dict[str, Any], now: int) -> list[Text]:
     return found
 
 
-def _next(values: dict[str, Any], told: dict[str, Any]) -> Text:
+def _next(values: dict[str, Any], told: dict[str, Any], *, halted: bool) -> Text:
     if values["next_allowed"] is None:
         return Text("never", style="red")
     wait = values["next_allowed"] - told["time"]
     if wait <= 0:
-        return Text("once re-armed", style="red") if told["state"] == "DISARMED" else Text("now", style="green")
+        if told["state"] == "DISARMED":
+            return Text("once re-armed", style="red")
+        shut = "brake is set" if halted else "held back" if told["hold_until"] is not None else ""
+        return Text(shut, style="red") if shut else Text("now", style="green")
     minutes = -(-wait // 60)
     found = Text(f"in {span(minutes * 60) if minutes > 1 else _whole(max(1.0, wait))}", style="yellow")
     return found.append("  throttled" if values["throttled"] else "", "yellow")

@@ -21,6 +21,7 @@ import pytest
 
 from governor.connection import connected, ledger_on
 from governor.dashboard import serving
+from governor.dashboard.feed import HALT
 from governor.settings import load
 from tests.conftest import NewServer
 from tests.daemon import Daemon, daemon, events_of, publish, wait_for
@@ -332,6 +333,18 @@ def test_connections_that_ask_for_nothing_keep_nobody_out(scene: Scene) -> None:
             page.wait("snapshot")
             assert scene.board.http.post("/api/disarm", json={"reason": "crowded"}).json()["done"] is True
             page.wait("tick", lambda told: told["status"]["state"] == "DISARMED")
+
+
+def test_a_brake_that_no_daemon_sees_is_told_in_short_and_keeps_no_re_arm_waiting(scene: Scene) -> None:
+    scene.daemon.kill()
+    scene.board.login()
+    with scene.server.client() as client:
+        client.set("quantum:governor:halt", "stop " * 100_000)
+        told = scene.board.wait(lambda seen: seen["status"]["halted"])
+    assert len(told["status"]["halted"]) == HALT
+    preview = scene.board.http.get("/api/rearm").json()
+    assert not preview["allowed"]
+    assert "the emergency brake is set" in preview["refusal"]
 
 
 def test_it_writes_nothing_and_needs_no_more_than_to_read(tmp_path: Path) -> None:

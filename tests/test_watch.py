@@ -23,6 +23,7 @@ from events.types import (
     DisarmStarted,
     Event,
     Execution,
+    HistoryRestored,
     PermitExpired,
     PlanReceived,
     Rearmed,
@@ -340,6 +341,14 @@ def test_nothing_is_called_allowed_while_it_is_disarmed() -> None:
     assert "once re-armed" in text
     assert "DISARM UNFINISHED" in text
     assert "NOT PROVEN" in text
+
+
+def test_nothing_is_called_allowed_while_the_brake_is_set_or_permits_are_held_back() -> None:
+    lost = HistoryRestored(events=3, hold_until_us=AT + 30_000_000)
+    for events, halted, word in (((), "stop", "brake is set"), ((lost,), None, "held back")):
+        state, view = folded(permitted("p1", "BTCUSDT"), *events)
+        (row,) = (line for line in drawn(state, view, 80, 40, halted=halted) if line.plain.startswith("BTCUSDT"))
+        assert row.plain.rstrip().endswith(word)
 
 
 def test_what_is_ordinary_is_left_out_and_every_verdict_is_there() -> None:

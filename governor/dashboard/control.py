@@ -267,6 +267,11 @@ def refusal_of(feed: Feed) -> str | None:
         found = decider.rearm(state, reason="", operator="", force=False, halt=feed.halted is not None)
     except decider.RearmRefusedError as refused:
         return str(refused)
+    if not found and feed.halted is not None:
+        return (
+            f"the state is {state.mode.state}, and the emergency brake is set: the daemon makes it a disarm, to be "
+            "re-armed from. Without a daemon, delete its key (governor:halt)"
+        )
     return None if found else f"the state is {state.mode.state}: there is nothing to re-arm"
 
 

@@ -47,6 +47,8 @@ EVENTS_READ = 100_000
 ANCHOR_EVENTS = 5_000
 """So many events apart the state is kept as it was, to explain a plan from there and not from the first event."""
 ANCHORS = 40
+HALT = 2_000
+"""Bytes of what the emergency brake is set to: everybody is told them all the time."""
 PROOF_WITHIN = 5_000
 """The proof of a disarm that is older than a day is looked for in so many events after it."""
 
@@ -160,7 +162,7 @@ class Feed:
         await ledger.catch_up()
         (halt,) = await ledger.store.values(ledger.keys.halt)
         self.latency_s = (time.perf_counter() - began) / 2
-        halted = None if halt is None else halt.decode(errors="replace")
+        halted = None if halt is None else halt[:HALT].decode(errors="replace")
         if halted != self.halted or self.error is not None or not self.reachable:
             self.version += 1
         self.halted, self.error, self.reachable = halted, None, True

@@ -313,6 +313,26 @@ def test_what_comes_from_outside_is_text_and_nothing_else(visit: Visit, desk: St
     assert "taken" not in page.title()
 
 
+def test_nothing_is_called_permitted_while_the_brake_is_set(visit: Visit, desk: Stage) -> None:
+    page = visit()
+    next_allowed, times = page.locator(".symbol-row .next"), page.locator(".symbol-row .next time:visible")
+    expect(page.locator("#state-why")).to_contain_text("Plans within the limits are permitted.")
+    expect(times.filter(has_text="now").first).to_be_visible()
+    assert desk.governor.process is not None
+    with desk.server.client() as client, desk.frozen(desk.governor.process.pid):
+        client.set("quantum:governor:halt", MARKUP)
+        expect(page.locator("#notices")).to_contain_text(f"The emergency brake is set, no permits: {MARKUP}")
+        expect(page.locator("#state-why")).to_contain_text("No plan is permitted: the emergency brake is set.")
+        expect(next_allowed.filter(has_text="the brake is set").first).to_be_visible()
+        expect(times.filter(has_text="now")).to_have_count(0)
+        assert page.locator("img, main b b").count() == 0
+        client.delete("quantum:governor:halt")
+    desk.burst()
+    disarmed(page)
+    expect(next_allowed.filter(has_text="once re-armed").first).to_be_visible()
+    expect(times.filter(has_text="now")).to_have_count(0)
+
+
 def test_a_plan_opens_to_all_that_is_known_of_it(visit: Visit, desk: Stage) -> None:
     page = visit()
     page.select_option("#plans-verdict", "EXECUTE")

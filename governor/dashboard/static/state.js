@@ -41,8 +41,13 @@ function why({ status }) {
     return [`${disarm.reason}.`, meaning(disarm.reason), context && `(${context})`].filter(Boolean).join(" ");
   }
   if (status.state === "THROTTLED") return "Fewer permits where the cause lies. A full close never waits.";
-  if (status.state === "ARMED") return `Plans within the limits are permitted.${status.reason ? ` Armed again: ${status.reason}` : ""}`;
+  if (status.state === "ARMED") return `${permitting(status)}${status.reason ? ` Armed again: ${status.reason}` : ""}`;
   return "There are no events at all: no governor ever ran on this stream.";
+}
+
+function permitting({ halted, hold_until: hold }) {
+  if (halted !== null && halted !== undefined) return "No plan is permitted: the emergency brake is set.";
+  return hold ? "No plan is permitted until the hold is over." : "Plans within the limits are permitted.";
 }
 
 function renderProof({ status, last_disarm: last }) {

@@ -1,7 +1,7 @@
 // Per symbol: windows and totals against their limits, the nearest to a limit first.
 
 import { bar, level, share } from "./bar.js";
-import { stamp } from "./clock.js";
+import { now, stamp } from "./clock.js";
 import { attr, byId, code, el, keyed, show, text } from "./dom.js";
 import { number, usd } from "./format.js";
 import { verdict } from "./words.js";
@@ -30,9 +30,10 @@ export function renderSymbols(snapshot) {
   latest = snapshot;
   const wanted = byId("symbols-filter").value.trim().toUpperCase();
   const everything = Object.entries(snapshot.status.symbols);
+  const closed = shut(snapshot.status);
   const rows = everything
     .filter(([symbol]) => symbol.includes(wanted))
-    .map(([symbol, values]) => ({ symbol, values, near: nearness(values) }))
+    .map(([symbol, values]) => ({ symbol, values, near: nearness(values), closed }))
     .sort((a, b) => b.near - a.near || b.values.throttled - a.values.throttled || (a.symbol < b.symbol ? -1 : 1));
   text(byId("symbols-count"), everything.length);
   keyed(byId("symbols-list"), all ? rows : rows.slice(0, FEW), (row) => row.symbol, makeRow);
@@ -58,21 +59,30 @@ function makeRow({ symbol }) {
     last,
     none,
   );
-  const update = ({ values, near }) => {
+  const update = ({ values, near, closed }) => {
     attr(node, "data-level", level(near));
     show(mark, values.throttled);
     for (const [name, each] of bars) each.update(values[name]);
-    renderNext(next, values.next_allowed);
+    renderNext(next, values.next_allowed, closed);
     renderLast(last, none, values.last);
   };
   return { node, update };
 }
 
-function renderNext(node, at) {
+/** What keeps a plan back that its limits would let pass; empty: nothing. */
+function shut({ state, halted, hold_until: hold }) {
+  if (state === "DISARMED") return "once re-armed";
+  if (halted !== null && halted !== undefined) return "the brake is set";
+  return hold ? "permits are held back" : "";
+}
+
+function renderNext(node, at, closed) {
   const [, when, words] = node.children;
-  show(when, at !== null);
-  text(words, at === null ? "never under these limits" : "");
-  if (at !== null) stamp(when, at, "in");
+  const passes = at !== null && at <= now();
+  const told = at === null ? "never under these limits" : passes ? closed : "";
+  show(when, told === "");
+  text(words, told);
+  if (told === "") stamp(when, at, "in");
 }
 
 function renderLast(button, none, last) {
