@@ -292,6 +292,16 @@ def test_the_guard_is_around_everything() -> None:
     assert isinstance(Web(token=None).app, Guard)
 
 
+async def test_what_another_site_begins_is_not_even_worked_on() -> None:
+    async with Web(token=None).open() as http:
+        for path in ("/api/snapshot", "/api/stream", "/api/plans/p1"):
+            for site in ("cross-site", "same-site"):
+                assert (await http.get(path, headers={"Sec-Fetch-Site": site})).status_code == 403, (path, site)
+        for site in ("same-origin", "none"):
+            assert (await http.get("/api/snapshot", headers={"Sec-Fetch-Site": site})).status_code == 200
+        assert (await http.get("/", headers={"Sec-Fetch-Site": "cross-site"})).status_code == 200  # a link in an alert
+
+
 # -- what a person asks for ------------------------------------------------------------------------------------------
 
 

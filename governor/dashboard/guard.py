@@ -25,6 +25,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+OTHER_SITES = ("cross-site", "same-site")
+"""What a browser says of a request that another page began."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -57,8 +59,13 @@ class Guard:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        given = Headers(scope=scope).getlist("host")
+        headers = Headers(scope=scope)
+        given = headers.getlist("host")
         if len(given) == 1 and host_name(given[0]) in self._hosts:
+            if scope["path"].startswith("/api/") and headers.get("sec-fetch-site") in OTHER_SITES:
+                # It could read nothing, and have us work: streams are few, and a plan may take the whole history.
+                await error("refused: it comes from another site", 403)(scope, receive, with_headers)
+                return
             await self.app(scope, receive, with_headers)
             return
         told = "this name is not one of the dashboard's; DASHBOARD_ALLOWED_HOSTS has those beside its own"
