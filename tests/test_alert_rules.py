@@ -249,6 +249,19 @@ def test_another_disarm_is_told_at_once_however_soon_after_the_last_one() -> Non
     ]  # fmt: skip
 
 
+def test_what_is_summed_up_after_something_newer_was_told_says_so() -> None:
+    calm = Calm()
+    for number in range(AT_ONCE + 1):
+        calm.offer(alert_of("disarm_started", f"{number}", AT + number), AT + number)
+    assert calm.offer(alert_of("rearmed", "", AT + 10), AT + 10)
+    (late,) = calm.due(AT + 61 * S)
+    assert late.headline == "EARLIER: x"
+    for number in range(AT_ONCE + 1):
+        calm.offer(alert_of("throttled", f"{number}", AT + 100 * S), AT + 100 * S)
+    (last,) = calm.due(AT + 161 * S)
+    assert last.headline == "x"
+
+
 @given(
     st.lists(
         st.tuples(

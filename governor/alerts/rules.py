@@ -128,6 +128,8 @@ class Calm:
         self._told: dict[str, deque[tuple[int, str]]] = {}
         """The last times and subjects of each kind."""
         self._held: dict[str, _Held] = {}
+        self._latest_us = 0
+        """When the latest thing that was told happened."""
 
     def offer(self, alert: Alert, now: int) -> list[Alert]:
         """The alert, unless the same was just told, or too many of its kind were; then it is held back."""
@@ -136,6 +138,7 @@ class Calm:
         held = self._held.get(alert.kind)
         if held is None and len(recent) < AT_ONCE and alert.subject not in recent:
             told.append((now, alert.subject))
+            self._latest_us = max(self._latest_us, alert.at_us)
             return [alert]
         self._held[alert.kind] = _Held(
             alert, 0 if held is None else held.others + 1, alert.at_us if held is None else held.since_us
@@ -144,12 +147,18 @@ class Calm:
 
     def due(self, now: int) -> list[Alert]:
         """What was held back and may be told now, the oldest first."""
-        due = [kind for kind in self._held if now - self._told[kind][-1][0] >= KINDS[kind].quiet_us]
-        summed = []
-        for alert, others, since_us in (self._held.pop(kind) for kind in due):
-            self._told[alert.kind].append((now, alert.subject))
-            summed.append(msgspec.structs.replace(alert, more=others, since_us=since_us))
-        return sorted(summed, key=lambda alert: alert.at_us)
+        kinds = [kind for kind in self._held if now - self._told[kind][-1][0] >= KINDS[kind].quiet_us]
+        return [
+            self._summed(held, now) for held in sorted(map(self._held.pop, kinds), key=lambda held: held.alert.at_us)
+        ]
+
+    def _summed(self, held: _Held, now: int) -> Alert:
+        alert, others, since_us = held
+        self._told[alert.kind].append((now, alert.subject))
+        # The last message on a phone is taken for how it is: DISARMED must not stand there after RE-ARMED.
+        earlier = "EARLIER: " if alert.at_us < self._latest_us else ""
+        self._latest_us = max(self._latest_us, alert.at_us)
+        return msgspec.structs.replace(alert, headline=f"{earlier}{alert.headline}", more=others, since_us=since_us)
 
     def forget(self, kind: str) -> None:
         """What was held back of a kind is not worth telling any more."""
