@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from governor.alerts import answers
 from governor.alerts.delivery import Delivery, Message, Target
 from governor.alerts.targets import Sending, targets_of, without
 from governor.settings import SettingsError
@@ -185,6 +188,45 @@ def test_a_message_arrives_by_http_and_mail_as_it_was_written() -> None:
             (["a@ops.example"], title), (["b@ops.example"], title),
         ]  # fmt: skip
         assert {text.replace("\r\n", "\n").strip() for _, _, text in mail.mails} == {body.strip()}
+
+
+@contextmanager
+def endless(part: bytes, every_s: float) -> Iterator[tuple[str, list[int]]]:
+    """A webhook that takes what comes, and whose answer has hardly an end: its URL, and the bytes it got rid of."""
+    sent = [0]
+
+    def answer() -> None:
+        one, _ = listening.accept()
+        with one, contextlib.suppress(OSError):
+            one.recv(65_536)
+            one.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n")
+            until = time.monotonic() + 8
+            while not over.wait(every_s) and sent[0] < 100_000_000 and time.monotonic() < until:
+                one.sendall(part)
+                sent[0] += len(part)
+
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield f"json://127.0.0.1:{listening.getsockname()[1]}/x", sent
+        finally:
+            over.set()
+            thread.join()
+
+
+@pytest.mark.parametrize(("part", "every_s"), [(b"x" * 1_000_000, 0.0), (b"x", 0.01)])
+def test_an_answer_without_an_end_is_read_no_further_than_it_takes(
+    monkeypatch: pytest.MonkeyPatch, part: bytes, every_s: float
+) -> None:
+    monkeypatch.setattr(answers, "WITHIN_S", 0.5)
+    with endless(part, every_s) as (url, sent):
+        (target,) = targets_of([url])
+        began = time.monotonic()
+        assert target.send("a", "b", "info") is None
+        assert time.monotonic() - began < 5
+        assert 0 < sent[0] < 30_000_000
 
 
 def test_a_target_is_called_by_its_place_and_its_service_and_its_secret_is_not_shown() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
+from governor.alerts import answers
 from governor.alerts.messages import Tone
 from governor.settings import SettingsError
 
@@ -46,6 +47,7 @@ def targets_of(urls: Sequence[str]) -> list[Sending]:
         raise SettingsError(
             f"GOV_ALERT_URLS is set, expected the packages of the extra 'alerts': {INSTALL} ({error})"
         ) from None
+    answers.bound()
     asset = apprise.AppriseAsset(
         storage_mode="memory", service_timeout=0, result_log_disk_size=0, allow_templates=False, async_mode=False
     )
