@@ -16,6 +16,7 @@ import uvicorn
 from starlette.routing import Mount, Route
 
 from governor.connection import client as client_of
+from governor.connection import connected, now
 from governor.dashboard import serving
 from governor.dashboard.app import application
 from governor.dashboard.board import Board
@@ -28,6 +29,7 @@ from governor.dashboard.vitals import Growth, Vitals, read_metrics
 from governor.readiness import base_url
 from governor.settings import SettingsError, load
 from tests.dashboard import TOKEN, token_file
+from tests.servers import RedisServer
 
 PAGE = {"X-Governor": "1", "Origin": "http://localhost"}
 
@@ -350,6 +352,21 @@ async def test_a_disarm_does_not_wait_for_re_arms_that_hang() -> None:
 
 
 # -- the token -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_clock_that_is_not_redis_is_told(flushed: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load({"HOME": "/nowhere", "REDIS_PORT": str(flushed.port), "METRICS_PORT": "0"})
+
+    async def ahead_s() -> float:
+        async with connected(settings) as redis:
+            vitals = Vitals(settings, redis)
+            await vitals._ask_redis()
+            told: float = vitals.health(None, credentials=False)["redis"]["clock_ahead_s"]
+            return told
+
+    assert abs(await ahead_s()) < 1
+    monkeypatch.setattr("governor.dashboard.vitals.now", lambda: now() + 3600 * 1_000_000)
+    assert abs(await ahead_s() - 3600) < 1
 
 
 def test_a_token_file_holds_one_token_and_is_not_for_others(tmp_path: Path) -> None:

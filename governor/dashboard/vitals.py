@@ -13,6 +13,7 @@ import msgspec
 import redis.asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
+from governor.connection import now
 from governor.durability import durability
 from governor.http_client import UnreadableError
 from governor.readiness import Routes
@@ -48,6 +49,7 @@ class Vitals:
         self._calls = Growth()
         self._call_seconds = Growth()
         self._memory: int | None = None
+        self._ahead_s: float | None = None
         self._durable: str | None = None
 
     def health(self, redis_latency_s: float | None, *, credentials: bool) -> dict[str, Any]:
@@ -63,6 +65,7 @@ class Vitals:
             "redis": {
                 "latency_ms": None if redis_latency_s is None else round(redis_latency_s * 1e3, 3),
                 "memory_bytes": self._memory,
+                "clock_ahead_s": self._ahead_s,
                 "durable": self._durable,
             },
             "journal": self._journal(),
@@ -104,8 +107,15 @@ class Vitals:
             self._durable = (await durability(self._client)).verdict
             info = await self._client.info("memory")
             self._memory = int(info["used_memory"])
+            self._ahead_s = await self._ahead()
         except Exception:  # noqa: BLE001 - redis-py lets more than its own errors out of broken connections
-            self._durable = self._memory = None
+            self._durable = self._memory = self._ahead_s = None
+
+    async def _ahead(self) -> float:
+        """By how much this clock is ahead of Redis': seconds and windows that are shown are off by as much."""
+        asked = now()
+        told = await self._client.info("server")
+        return round(((asked + now()) / 2 - int(told["server_time_usec"])) / 1e6, 3)
 
     def _exchange(self) -> dict[str, Any]:
         found = self._metrics or {}

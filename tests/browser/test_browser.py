@@ -333,6 +333,20 @@ def test_nothing_is_called_permitted_while_the_brake_is_set(visit: Visit, desk: 
     expect(times.filter(has_text="now")).to_have_count(0)
 
 
+def test_a_clock_that_is_not_redis_is_told_in_its_row(visit: Visit, desk: Stage) -> None:
+    page = visit()
+    expect(page.locator("#health-list")).to_contain_text("answers in")
+    expect(page.locator("#health-list")).not_to_contain_text("clock")
+    shown = page.evaluate("""async () => {
+        const { told } = await import("/static/stream.js");
+        const { renderHealth } = await import("/static/side.js");
+        told.snapshot.health.redis.clock_ahead_s = -3660;
+        renderHealth(told.snapshot);
+        return document.querySelector("#health-list").textContent;
+    }""")
+    assert re.search("the dashboard's clock is 1 h.* behind its clock", shown), shown
+
+
 def test_a_plan_opens_to_all_that_is_known_of_it(visit: Visit, desk: Stage) -> None:
     page = visit()
     page.select_option("#plans-verdict", "EXECUTE")

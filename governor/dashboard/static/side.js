@@ -3,7 +3,9 @@
 import { bar } from "./bar.js";
 import { clockText, stamp, time } from "./clock.js";
 import { attr, byId, el, icon, keyed, show, text } from "./dom.js";
-import { bytes, flat, milliseconds, number, usd } from "./format.js";
+import { about, bytes, flat, milliseconds, number, usd } from "./format.js";
+
+const CLOCK_OFF_S = 2;
 
 export function renderPermits({ status }) {
   const permits = [...status.permits].sort((a, b) => a.expires_at - b.expires_at);
@@ -124,6 +126,12 @@ function eventsHealth({ health: { events }, status }) {
   return { ok: events.reachable && !events.error, words, at: events.last_event_at };
 }
 
+/** What there is to say of a clock that is not Redis': the seconds shown are off by as much. */
+function clockOff({ clock_ahead_s: ahead }) {
+  if (ahead === null || Math.abs(ahead) < CLOCK_OFF_S) return null;
+  return `the dashboard's clock is ${about(Math.abs(ahead))} ${ahead > 0 ? "ahead of" : "behind"} its clock: times, windows and seconds here are off by as much`;
+}
+
 function health({ daemon, redis, exchange, journal }) {
   const ready = daemon.ready === null ? null : daemon.ready ? "ready" : "not ready";
   const asked = exchange.weight_used !== null && exchange.weight_limit !== null;
@@ -133,8 +141,8 @@ function health({ daemon, redis, exchange, journal }) {
       words: [daemon.answers ? ready : daemon.error ?? "does not answer", ...daemon.problems, ...daemon.notes],
     },
     Redis: {
-      ok: redis.latency_ms === null ? null : redis.durable !== "bad",
-      words: [redis.latency_ms !== null && `answers in ${milliseconds(redis.latency_ms)}`, redis.memory_bytes !== null && bytes(redis.memory_bytes), redis.durable && `durability ${redis.durable}`],
+      ok: redis.latency_ms === null ? null : redis.durable !== "bad" && !clockOff(redis),
+      words: [clockOff(redis), redis.latency_ms !== null && `answers in ${milliseconds(redis.latency_ms)}`, redis.memory_bytes !== null && bytes(redis.memory_bytes), redis.durable && `durability ${redis.durable}`],
     },
     Exchange: {
       ok: exchange.configured ? (exchange.errors_1h === null ? null : exchange.errors_1h === 0) : null,
