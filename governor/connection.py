@@ -29,6 +29,7 @@ from redis.crc import key_slot
 from events import store
 from events.archive import ArchivedStore
 from events.keys import Keys
+from governor.durability import Server, identity
 from governor.logs import Logger
 from governor.settings import Settings, SettingsError
 
@@ -61,8 +62,24 @@ class Door:
     """
 
     def __init__(self) -> None:
-        self.run_id: str | None = None
+        self._run_id: str | None = None
         """Of the process that was looked at; None: any may be connected to, in order to look at it."""
+        self._looked_at: str | None = None
+        """The same, also while it is looked again."""
+
+    async def look(self, connection: redis.asyncio.Redis) -> Server:
+        """Look which process answers now. From here on no connection leads to another one, be it old or new.
+
+        Raises:
+            UnavailableError: no server, or no answer.
+        """
+        self._run_id = None
+        server = await identity(connection)
+        if self._looked_at not in (None, server.run_id):
+            with suppress(redis.exceptions.RedisError):
+                await connection.connection_pool.disconnect()  # the process before may go on and take commits
+        self._run_id = self._looked_at = server.run_id
+        return server
 
     async def greet(self, connection: Any) -> None:
         """What a new connection does first.
@@ -71,14 +88,14 @@ class Door:
             redis.exceptions.ConnectionError: it leads to another process.
         """
         await connection.on_connect()
-        if not self.run_id:
+        if not self._run_id:
             return
         await connection.send_command("INFO", "server")
         try:
             told = bytes(await connection.read_response())
         except redis.exceptions.ResponseError:  # INFO is forbidden: every process counts as another anyway
             return
-        if f"run_id:{self.run_id}".encode() not in told:
+        if f"run_id:{self._run_id}".encode() not in told:
             raise redis.exceptions.ConnectionError(f"not {store.UNSENT} another process before it was looked at")
 
 

@@ -24,7 +24,7 @@ from governor import access, logs
 from governor.alerts.watch import Alerts
 from governor.binance import Binance
 from governor.connection import Door, client, ledger_on, now, place, refuse_plain_prefix, watch
-from governor.durability import Server, durability, identity, refusal
+from governor.durability import Server, durability, refusal
 from governor.helper import actuator_of, notes_of
 from governor.history import Keeper
 from governor.http import Answer, HttpServer
@@ -232,9 +232,7 @@ async def _look_at_server(connection: redis.asyncio.Redis, door: Door, settings:
     Raises:
         UnavailableError: no server, no answer, or no use: without its rights a commit would be cut off in the middle.
     """
-    door.run_id = None
-    server = await identity(connection)
-    door.run_id = server.run_id
+    server = await door.look(connection)
     found = await access.missing(connection, Keys(settings.key_prefix))
     if (why := access.refusal(settings.redis_username, found)) is not None:
         raise UnavailableError(why)

@@ -19,14 +19,16 @@ from events.keys import Keys
 from events.segments import DiskError
 from events.store import Commit, MemoryStore, StoreError, Write
 from events.types import Entry, ErrorRecorded, Recovered
-from governor.connection import Door
+from governor.connection import Door, store_on
 from governor.connection import client as client_of
-from governor.durability import Server, identity
+from governor.durability import Server
 from governor.gate import PermitGate
 from governor.history import Keeper, QuarantineError
 from governor.ledger import Ledger, Proposal
 from governor.settings import load
+from tests.conftest import NewServer
 from tests.daemon import Daemon, daemon, events_of, publish, wait_for
+from tests.proxy import Proxy
 from tests.servers import RedisServer
 
 STREAM = "quantum:stream:governor.events"
@@ -464,14 +466,36 @@ async def test_a_connection_that_leads_to_another_process_is_not_used_before_it_
     door = Door()
     one = client_of(load({"REDIS_HOST": own_server.host, "REDIS_PORT": str(own_server.port)}), door=door)
     try:
-        door.run_id = (await identity(one)).run_id
+        await door.look(one)
         await one.set("a", 1)
         own_server.restart()
         for _ in range(2):
             with pytest.raises(redis.ConnectionError):
                 await one.set("a", 2)
-        door.run_id = None
-        door.run_id = (await identity(one)).run_id
+        await door.look(one)
         assert await one.set("a", 3)
     finally:
         await one.aclose()
+
+
+async def test_no_commit_goes_to_the_process_before_once_another_was_looked_at(new_server: NewServer) -> None:
+    before, after = new_server(), new_server()
+    door = Door()
+    with Proxy(before.port) as proxy:
+        settings = load({"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(proxy.port)})
+        one = client_of(settings, door=door)
+        store = store_on(one, settings)
+        try:
+            await door.look(one)
+            happened = [ErrorRecorded(kind=kind, detail="") for kind in ("first", "second")]
+            first, second = encode_all(happened, after=GENESIS, at=1)
+            await store.commit(Commit(expected=GENESIS, entries=[first]))
+            proxy.upstream = after.port
+            await one.connection_pool.disconnect(inuse_connections=False)
+            await door.look(one)
+            with pytest.raises(StoreError):
+                await store.commit(Commit(expected=first.head, entries=[second]))
+        finally:
+            await one.aclose()
+    with before.client() as client:
+        assert client.xlen(STREAM) == 1
