@@ -437,8 +437,9 @@ class Ledger:
         fresh = True
         while batch or self._urgent or self._flight is not None:
             self._turned()
-            while self._urgent:
-                batch.insert(0, self._urgent.popleft())
+            if self._flight is None:  # what is decided ahead of a commit that fails comes again behind it
+                batch[:0] = self._urgent
+                self._urgent.clear()
             try:
                 if self._flight is None and (not fresh or self._has_to_look(batch)):
                     await self._look(batch)

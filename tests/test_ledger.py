@@ -287,6 +287,18 @@ async def test_what_is_started_is_sent_before_the_loop_comes_to_it() -> None:
     assert digest(it.state) == refold(store)
 
 
+@pytest.mark.parametrize("trouble", ["before", "refused"])
+async def test_what_is_urgent_comes_before_what_was_started_and_not_committed(trouble: str) -> None:
+    it = await opened(store := Slow(trouble))
+    started = it.enter(say(error("a")))
+    it.start()
+    urgent = [it.enter(say(error(kind)), urgent=True) for kind in ("first", "second")]
+    store.go.set()
+    async with running(it):
+        await asyncio.gather(started, *urgent)
+    assert [codec.decode(entry).event.kind for entry in store.entries] == ["first", "second", "a"]  # type: ignore[union-attr]
+
+
 async def test_what_asks_for_news_is_not_started() -> None:
     it = await opened(store := Slow())
     asked = [asyncio.create_task(it.refresh()), asyncio.create_task(it.submit(say(error("a"))))]
