@@ -69,10 +69,11 @@ class Wire(asyncio.Protocol):
 
     def send(self, *words: Any) -> asyncio.Future[Any]:
         """Send a command; it must be up. The answer raises what the server says is wrong, and what goes wrong."""
+        command = hiredis.pack_command(words)
         answer = asyncio.get_running_loop().create_future()
         answer.add_done_callback(self._given_up)
         self._asked.append(answer)
-        self._transport.write(hiredis.pack_command(words))
+        self._transport.write(command)
         if self._overdue is None:
             self._wait()
         return answer

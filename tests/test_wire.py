@@ -34,6 +34,14 @@ async def test_an_error_the_server_answers_with_is_redis_pys_and_keeps_the_conne
         assert await wire.ask("CLIENT", "ID") == number
 
 
+async def test_what_cannot_be_sent_waits_for_no_answer(server: RedisServer) -> None:
+    async with client(server) as one:
+        wire = Wire(one)
+        with pytest.raises(TypeError):
+            await wire.ask("ECHO", None)
+        assert await wire.ask("ECHO", "mine") == b"mine"
+
+
 async def test_a_command_that_is_given_up_ends_the_connection_and_leaves_no_answer(server: RedisServer) -> None:
     async with client(server) as one:
         wire = Wire(one)
