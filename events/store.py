@@ -38,7 +38,7 @@ from redis.backoff import NoBackoff
 from events.chain import GENESIS
 from events.codec import plain_fields
 from events.types import Entry, Head
-from events.wire import Wire
+from events.wire import Wire, ends
 
 _SCRIPT = (Path(__file__).parent / "commit.lua").read_text("utf-8")
 
@@ -214,7 +214,7 @@ class Client(redis.asyncio.Redis):
     """redis-py's client without what it does around each command: retries, hooks, and a task for every write.
 
     Its connections, pools and parsers are as they were. A command that failed with anything but the server's own answer
-    leaves its connection closed.
+    leaves its connection closed, and so does one a replica refuses.
     """
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
@@ -224,12 +224,11 @@ class Client(redis.asyncio.Redis):
         try:
             await _send(connection, args)
             return await self.parse_response(connection, args[0], **options)
-        except redis.exceptions.ResponseError:
-            raise
-        except BaseException:
-            if (writer := connection._writer) is not None:  # noqa: SLF001
-                writer.transport.abort()  # closed, it would still send what is left of a command that was given up
-            await connection.disconnect(nowait=True)
+        except BaseException as error:
+            if ends(error):
+                if (writer := connection._writer) is not None:  # noqa: SLF001
+                    writer.transport.abort()  # closed, it would still send what is left of a command that was given up
+                await connection.disconnect(nowait=True)
             raise
         finally:
             await pool.release(connection)

@@ -21,6 +21,11 @@ from redis._parsers.base import BaseParser
 from redis.asyncio.connection import Connection, SSLConnection
 
 
+def ends(error: BaseException) -> bool:
+    """Whether a connection is of no use after this: a replica's, too, for its name may lead to the primary by now."""
+    return not isinstance(error, redis.exceptions.ResponseError) or isinstance(error, redis.exceptions.ReadOnlyError)
+
+
 class Wire(asyncio.Protocol):
     """One connection of a client, connected when it is first asked and whenever it was lost.
 
@@ -120,6 +125,8 @@ class Wire(asyncio.Protocol):
             self._overdue = None
         if self._asked:
             self._wait()
+        if isinstance(reply, Exception) and ends(reply):
+            self._abort(reply)
 
     def _wait(self) -> None:
         if (within_s := self._connection.socket_timeout) is not None:

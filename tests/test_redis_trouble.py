@@ -158,6 +158,27 @@ def test_a_demoted_server_grants_nothing_and_goes_on_once_it_is_primary_again(
         decided(client, "a", "b", "c")
 
 
+def test_a_name_that_leads_to_another_primary_is_followed_though_the_one_before_lets_no_connection_go(
+    new_server: NewServer, tmp_path: Path
+) -> None:
+    before, after = new_server(), new_server()
+    with (
+        before.client() as old,
+        after.client() as new,
+        Proxy(before.port) as name,
+        daemon(tmp_path, port=name.port, environ=OPEN),
+    ):
+        publish(old, "a", "BTCUSDT")
+        decided(old, "a")
+        new.replicaof(before.host, str(before.port))
+        wait_for(lambda: new.exists("quantum:permit:a"), what="a replica")
+        new.replicaof("NO", "ONE")
+        old.replicaof(after.host, str(after.port))
+        name.upstream = after.port
+        publish(new, "b", "ETHUSDT")
+        decided(new, "a", "b")
+
+
 def test_a_server_that_forgets_the_scripts_is_given_them_again(
     flushed: RedisServer, client: redis.Redis, tmp_path: Path
 ) -> None:

@@ -34,6 +34,20 @@ async def test_an_error_the_server_answers_with_is_redis_pys_and_keeps_the_conne
         assert await wire.ask("CLIENT", "ID") == number
 
 
+async def test_what_a_replica_refuses_ends_the_connection_for_its_name_may_lead_to_the_primary_by_now(
+    own_server: RedisServer,
+) -> None:
+    async with client(own_server) as one:
+        wire = Wire(one)
+        numbers = {await wire.ask("CLIENT", "ID"), await one.client_id()}
+        await one.replicaof("127.0.0.1", 1)
+        for command in (wire.ask, one.execute_command):
+            with pytest.raises(redis.exceptions.ReadOnlyError):
+                await command("SET", "a", "b")
+        assert not wire.up
+        assert numbers.isdisjoint({await wire.ask("CLIENT", "ID"), await one.client_id()})
+
+
 async def test_what_cannot_be_sent_waits_for_no_answer(server: RedisServer) -> None:
     async with client(server) as one:
         wire = Wire(one)
