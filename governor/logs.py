@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -36,18 +37,23 @@ class Logger:
         return getattr(self._logger, level)
 
 
+class _Held(threading.local):
+    lines: list[str] | None = None
+    """What is to be written together; other threads write as ever."""
+
+
+_held = _Held()
+
+
 class _Unbreakable:
     """A stream whose reader may go away: a log line is lost then, and nothing else."""
-
-    held: list[str] | None = None
-    """What is to be written together."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        if _Unbreakable.held is not None:
-            _Unbreakable.held.append(text)
+        if _held.lines is not None:
+            _held.lines.append(text)
             return len(text)
         try:
             return self._stream.write(text)
@@ -62,14 +68,14 @@ class _Unbreakable:
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """What is logged in it is written at its end, in one go. Nothing may be waited for in it."""
-    held: list[str] = []
-    _Unbreakable.held = held
+    lines: list[str] = []
+    _held.lines = lines
     try:
         yield
     finally:
-        _Unbreakable.held = None
-        if held:
-            _Unbreakable(sys.stderr).write("".join(held))
+        _held.lines = None
+        if lines:
+            _Unbreakable(sys.stderr).write("".join(lines))
 
 
 _ENCODER = msgspec.json.Encoder(enc_hook=str)

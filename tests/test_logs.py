@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -194,6 +195,18 @@ def test_what_is_logged_together_is_written_in_one_go_and_in_order(monkeypatch: 
         log.info("b")
     log.info("c")
     assert [[json.loads(line)["event"] for line in text.splitlines()] for text in written] == [["a", "b"], ["c"]]
+
+
+def test_what_another_thread_logs_meanwhile_is_written_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(log_format="json", level="INFO")
+    log = structlog.get_logger()
+    with logs.together():
+        log.info("held")
+        thread = threading.Thread(target=log.info, args=["another's"])
+        thread.start()
+        thread.join()
+        assert json.loads(capsys.readouterr().err)["event"] == "another's"
+    assert json.loads(capsys.readouterr().err)["event"] == "held"
 
 
 @pytest.mark.parametrize("value", ["plain", "ü", "\ud800", "\u2028", None, True, 7, 1 << 70, 0.25, ["a", 1], {"b": {}}])
