@@ -1782,7 +1782,7 @@ class World:
             self.shadow = self.shadow if self.shadow.seq <= state.seq else initial()
             self.compare(state)
             self.auditor.agrees(state)
-        await self.until("the state key says what the events say", self.told_outside, 2)
+        await self.until("the state key says what the events say", self.told_outside, 3)
 
     async def end_permits(self) -> None:
         """Time goes on to where the oldest permit is about to end, then behind the last one."""
