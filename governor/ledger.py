@@ -493,7 +493,8 @@ class Ledger:
         if self.keeper is not None and not self._refused and not isinstance(error, QuarantineError):
             self.keeper.doubt()
         if self.problem != str(error):
-            kind = {RefusedError: "refused", UnavailableError: "unavailable"}.get(type(error), "history")
+            known = ((RefusedError, "refused"), (UnavailableError, "unavailable"))
+            kind = next((kind for each, kind in known if isinstance(error, each)), "history")
             log.error("cannot commit", kind=kind, error=str(error))
         self.problem = str(error)
 

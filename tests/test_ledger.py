@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import structlog.testing
 
 from events import codec
 from events.chain import GENESIS, link, verify
@@ -22,6 +23,7 @@ from events.store import (
     RequirementError,
     StoreError,
     UnavailableError,
+    UnsentError,
     Write,
 )
 from events.types import (
@@ -881,6 +883,26 @@ async def test_what_is_urgent_comes_before_what_waits() -> None:
         await asyncio.gather(*waiting, urgent)
     kinds = [getattr(codec.decode(entry).event, "kind", None) for entry in store.entries]
     assert kinds.index("urgent") <= module.MAX_EVENTS + 300 < len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind"),
+    [
+        (UnavailableError("no answer"), "unavailable"),
+        (UnsentError("connecting to"), "unavailable"),
+        (RefusedError("OOM"), "refused"),
+        (HistoryError("cut"), "history"),
+    ],
+)
+async def test_why_nothing_can_be_committed_is_logged_as_what_it_is(trouble: StoreError, kind: str) -> None:
+    class Away(MemoryStore):
+        async def commit(self, _commit: Commit) -> NoReturn:
+            raise trouble
+
+    it = await opened(Away())
+    with structlog.testing.capture_logs() as logged, pytest.raises(type(trouble)):
+        await it.propose(say(error("a")))
+    assert [line["kind"] for line in logged] == [kind]
 
 
 async def test_a_refusal_to_write_stands_until_something_is_written() -> None:
