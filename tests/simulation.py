@@ -1296,6 +1296,7 @@ class World:
         self.sizes = {
             "sweep": random.choice((0.1, 0.25, 0.5)), "waiting": random.choice((3, 2000)),
             "read": random.choice((2, 200)), "run": random.choice((1, 2, 32)), "events": random.choice((1, 8, 512)),
+            "proposals": random.choice((1, 2, 64)),
             "page": random.choice((3, 5000)),
         }  # fmt: skip
         names = sorted(self.faults)
@@ -1883,6 +1884,7 @@ def run(seed: int, *, steps: int = STEPS, extra: Sequence[str] = (), trace: bool
         (service, "RUN_MOST", sizes["run"]),
         (ledger, "log", log),
         (ledger, "MAX_EVENTS", sizes["events"]),
+        (ledger, "MAX_PROPOSALS", sizes["proposals"]),
         (ledger, "PAGE", sizes["page"]),
         (disarming, "log", log),
         (disarming, "asyncio", Asyncio()),
