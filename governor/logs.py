@@ -15,6 +15,8 @@ import msgspec
 
 _wanted: dict[str, str] | None = None
 """What was configured before there was anything to log."""
+_configured = 0
+"""How often logging was set up."""
 
 
 class Logger:
@@ -27,13 +29,15 @@ class Logger:
     def __init__(self, name: str) -> None:
         self._name = name
         self._logger: Any = None
+        self._made = -1
 
     def __getattr__(self, level: str) -> Any:
-        if self._logger is None:
+        if self._made != _configured:
             import structlog  # noqa: PLC0415
 
             _configure_now()
-            self._logger = structlog.get_logger(self._name)
+            # Bound once: bound with every line, it takes as long as half the line.
+            self._logger, self._made = structlog.get_logger(self._name).bind(), _configured
         return getattr(self._logger, level)
 
 
@@ -99,8 +103,9 @@ def configure(*, log_format: str, level: str) -> None:
         log_format: `json`, `console`, or empty: console on a terminal.
         level: `DEBUG`, `INFO`, `WARNING` or `ERROR`.
     """
-    global _wanted  # noqa: PLW0603 - one process, one log
+    global _wanted, _configured  # noqa: PLW0603 - one process, one log
     _wanted = {"log_format": log_format, "level": level}
+    _configured += 1
     if "structlog" in sys.modules:
         _configure_now()
     logging.getLogger("transitions").setLevel(logging.WARNING)

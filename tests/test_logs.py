@@ -216,3 +216,13 @@ def test_a_line_reads_as_json_dumps_writes_it(value: object, capsys: pytest.Capt
     (line,) = capsys.readouterr().err.splitlines()
     assert line == json.dumps(json.loads(line))
     assert json.loads(line)["value"] == value
+
+
+def test_a_logger_that_was_used_heeds_what_is_configured_later(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(log_format="json", level="INFO")
+    log = logs.Logger("governor")
+    log.info("before")
+    logs.configure(log_format="json", level="WARNING")
+    log.info("not any more")
+    log.warning("after")
+    assert [line["event"] for line in lines(capsys)] == ["before", "after"]
