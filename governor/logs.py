@@ -32,7 +32,7 @@ class Logger:
         self._made = -1
 
     def __getattr__(self, level: str) -> Any:
-        if self._made != _configured:
+        if self._made != _configured or not _configured:
             import structlog  # noqa: PLC0415
 
             _configure_now()
