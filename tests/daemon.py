@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -40,6 +41,13 @@ def wait_for(look: Callable[[], T], *, within_s: float = 10.0, what: str = "it")
             return seen
         assert time.monotonic() < until, f"{what} did not happen within {within_s} s"
         time.sleep(0.01)
+
+
+async def until(look: Callable[[], object], *, within_s: float = 20.0) -> None:
+    """The same from within an event loop, which goes on meanwhile."""
+    async with asyncio.timeout(within_s):
+        while not look():
+            await asyncio.sleep(0.001)
 
 
 class Daemon:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -25,6 +25,7 @@ from governor.dashboard.incidents import incident
 from governor.explain import Explainer, explain
 from governor.settings import load
 from projections.state import digest, fold
+from tests.daemon import until
 from tests.servers import RedisServer
 from tests.test_audit import STREAM, fill
 from tests.test_properties import walk
@@ -72,12 +73,6 @@ async def following(server: RedisServer, **environ: str) -> AsyncIterator[Feed]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-
-
-async def until(look: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
-        while not look():
-            await asyncio.sleep(0.01)
 
 
 def at_event(feed: Feed, seq: int) -> bool:
