@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
 
+from events.codec import microseconds
 from events.store import EventStore
 from events.types import Entry
+
+if TYPE_CHECKING:
+    from events.files import FileStore
 
 PAGE = 1000
 """Larger ones are slower: what a page is made of no longer fits the processor's cache."""
@@ -36,3 +41,28 @@ async def pages(store: EventStore, after: int, *, size: int = PAGE) -> AsyncGene
                     await ahead
     if page:
         yield page
+
+
+async def before(store: EventStore | FileStore, since_us: int, *, first: int = 0, last: int) -> int:
+    """The last event before a time (microseconds), by halving; `first` where none comes after that one.
+
+    Times may step back with a clock: then it is one of several.
+
+    Args:
+        store: where they are; the beginning may be gone from it.
+        since_us: the time.
+        first: the event behind which it is looked for.
+        last: the last event it may be.
+
+    Raises:
+        StoreError: they cannot be read.
+    """
+    low, high = first, last
+    while low < high:
+        middle = (low + high) // 2
+        found = await store.read(middle, limit=1)
+        if not found or microseconds(found[0].timestamp) >= since_us:
+            high = middle
+        else:
+            low = max(middle + 1, min(found[0].seq, high))
+    return low

@@ -223,9 +223,7 @@ async def _described(settings: Settings) -> dict[str, Any]:
         ledger = ledger_on(client, settings)
         await ledger.open()
         (halt,) = await ledger.store.values(ledger.keys.halt)
-        told = views.describe(ledger.state, views.policy_of(ledger.state, settings.policy), now())
-    if not ledger.state.seq:
-        told |= {"state": None, "since": None, "epoch": None}
+        told = views.describe_live(ledger.state, views.policy_of(ledger.state, settings.policy), now())
     return told | {"halted": None if halt is None else halt.decode(errors="replace")}
 
 

@@ -34,7 +34,7 @@ from events.store import (
     UnsentError,
     Write,
 )
-from events.types import Entry, Event, Head, HistoryRestored, PermitRevoked, Recorded
+from events.types import Entry, Event, HistoryRestored, PermitRevoked, Recorded
 from governor import permits
 from governor.decider import correct_revoked
 from governor.history import Keeper, QuarantineError, UnjournaledError
@@ -100,7 +100,7 @@ class _Draft:
 
     def __init__(self, state: State, now: int, key: bytes | None) -> None:
         self.before = state
-        self.expected = Head(state.seq, state.hash)
+        self.expected = state.head
         self.fork = state.fork()
         self.now = now
         self._key = key
@@ -144,7 +144,7 @@ class _Draft:
         for propose in item.proposals:
             try:
                 proposal = propose(self.fork, self.now)
-                after = Head(self.fork.seq, self.fork.hash)
+                after = self.fork.head
                 entries = encode_all(proposal.events, after=after, at=self.now, key=self._key)
             except Exception as raised:  # noqa: BLE001 - whatever it is, it is the proposer's
                 return Outcome(values, raised)
@@ -289,7 +289,7 @@ class Ledger:
             return
         try:
             state = checkpoint.read(value, key=self.audit_key)
-            head = Head(state.seq, state.hash)
+            head = state.head
             following = await self.store.read(head.seq, limit=1)
             if not following and (end := await self.store.head()) != head:
                 raise checkpoint.CheckpointError(f"it is of event {head.seq}, the stream ends at event {end.seq}")
@@ -335,20 +335,20 @@ class Ledger:
 
     async def _read_on(self, *, decoders: Decoders = WHOLE) -> None:
         """Fold what is there. `FOLDED` decoders where nobody observes: what no fold looks at is then left out."""
-        if self.state.seq and await self.store.head() == self._head():
+        if self.state.seq and await self.store.head() == self.state.head:
             self._well()  # idle governors come here ten times a second: one command
             return
         entries: list[Entry] = []
         async with contextlib.aclosing(pages(self.store, self.state.seq, size=PAGE)) as read:
             async for entries in read:
                 try:
-                    for entry in chain.verify(entries, after=self._head(), key=self.audit_key):
+                    for entry in chain.verify(entries, after=self.state.head, key=self.audit_key):
                         self._fold(decode(entry, decoders))
                 except (chain.ChainError, ValueError) as error:
                     raise HistoryError(f"the event stream does not hold: {error}") from error
                 if self.keeper is not None:
                     self.keeper.follow(entries)
-        if not entries and self.state.seq and (head := await self.store.head()) != self._head():
+        if not entries and self.state.seq and (head := await self.store.head()) != self.state.head:
             if head.seq > self.state.seq:
                 await self._read_on(decoders=decoders)
                 return
@@ -616,9 +616,6 @@ class Ledger:
             return []
         correct: Propose = lambda state, _now: Proposal(correct_revoked(state, late))  # noqa: E731
         return [_item((correct,))]
-
-    def _head(self) -> Head:
-        return Head(self.state.seq, self.state.hash)
 
     def _fold(self, recorded: Recorded) -> None:
         evolve(self.state, recorded)

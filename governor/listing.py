@@ -188,11 +188,13 @@ async def _past(
     `quick` where the store is as quick in one place as in another; a file is read from its beginning each time.
     """
     from events.codec import decode  # noqa: PLC0415
+    from events.reading import before  # noqa: PLC0415
 
     head = await store.head()
     seq = max(0, head.seq - most) if most and not any(choice) else 0
     if quick and since_us is not None:
-        seq = max(seq, await _before(store, since_us, head.seq))
+        # Clocks step back: it is looked for a little earlier.
+        seq = max(seq, await before(store, since_us - CLOCK_BACK_US, last=head.seq))
     found: list[Recorded] = []
     while seq < head.seq and (entries := await store.read(seq, limit=PAGE)):
         seq = entries[-1].seq
@@ -200,21 +202,6 @@ async def _past(
         found += [recorded for recorded in fresh if recorded.at >= (since_us or 0) and choice.takes(recorded)]
         found = found[-most:] if most else found
     return found, head
-
-
-async def _before(store: EventStore | FileStore, since_us: int, last: int) -> int:
-    """The last event before a time, by halving. Clocks step back: it is looked for a little earlier."""
-    from events.codec import microseconds  # noqa: PLC0415
-
-    low, high = 0, last
-    while low < high:
-        middle = (low + high) // 2
-        entries = await store.read(middle, limit=1)
-        if entries and microseconds(entries[0].timestamp) < since_us - CLOCK_BACK_US:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 async def _go_on(

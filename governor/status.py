@@ -71,6 +71,12 @@ def describe(state: State, rules: Policy, now: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def describe_live(state: State, rules: Policy, now: int) -> dict[str, Any]:
+    """The same of a stream as it is, where an empty one has no state: nobody ever ran there."""
+    told = describe(state, rules, now)
+    return told if state.seq else told | {"state": None, "since": None, "epoch": None}
+
+
 def symbol_status(book: Book, limits: Limits, at: int, rules: Policy, *, throttled: bool) -> dict[str, Any]:
     """Windows and totals of one symbol against its limits."""
     today = totals.on(book.days, day_of(at))

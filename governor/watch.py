@@ -22,7 +22,7 @@ from governor.ledger import HistoryError, Ledger
 from governor.readiness import Readiness, Routes
 from governor.screen import Screen
 from governor.settings import Settings
-from governor.status import describe, policy_of
+from governor.status import describe_live, policy_of
 from governor.view import Around, View
 from projections.state import State
 
@@ -215,9 +215,7 @@ class _Watch:
         source, at = self._source, now()
         told: dict[str, Any] | None = None
         if source.state is not None:
-            told = describe(source.state, policy_of(source.state, self._settings.policy), at)
-            if not source.state.seq:
-                told["state"] = None
+            told = describe_live(source.state, policy_of(source.state, self._settings.policy), at)
         around = Around(
             now=at, place=place(self._settings), heard_at=source.heard_at, problem=source.problem, stale=source.stale,
             daemon=source.daemon, halted=source.halted, hint="q quits",

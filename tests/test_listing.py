@@ -14,10 +14,12 @@ import pytest
 
 from events import chain
 from events.codec import encode_all
+from events.reading import before
 from events.store import Commit, EventStore, MemoryStore, UnavailableError
 from events.types import Entry, Execution, Head, PermitExpired, Recorded
 from governor import following, printing
 from governor.following import follow
+from governor.listing import CLOCK_BACK_US
 from tests.conftest import NewServer
 from tests.daemon import Daemon, daemon, publish, wait_for
 from tests.servers import RedisServer
@@ -85,8 +87,6 @@ def test_since_begins_with_the_first_event_from_then_on(told: Daemon) -> None:
 
 
 async def test_since_is_found_without_reading_everything() -> None:
-    from governor.listing import _before  # noqa: PLC0415
-
     class Counting(MemoryStore):
         reads = 0
 
@@ -97,7 +97,7 @@ async def test_since_is_found_without_reading_everything() -> None:
     store, head = Counting(), chain.GENESIS
     for minute in range(1, 2001):
         head = await grow(store, head, 1, at=minute * 60_000_000)
-    at = await _before(store, 1000 * 60_000_000, head.seq)
+    at = await before(store, 1000 * 60_000_000 - CLOCK_BACK_US, last=head.seq)
     assert 997 <= at <= 999
     assert store.reads < 15
 

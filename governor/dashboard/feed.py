@@ -19,18 +19,18 @@ from typing import Any
 import redis.asyncio
 
 from events import chain
-from events.codec import decode, microseconds
+from events.codec import decode
 from events.keys import DAY_US
-from events.reading import pages
+from events.reading import before, pages
 from events.store import EventStore, RefusedError, UnavailableError
-from events.types import Head, Recorded
+from events.types import Recorded
 from governor.connection import ledger_on, now, stream_on
 from governor.dashboard.day import Day
 from governor.ledger import HistoryError, Ledger
 from governor.logs import Logger
 from governor.policy import Policy
 from governor.settings import Settings
-from governor.status import describe, policy_of
+from governor.status import describe_live, policy_of
 from projections import checkpoint
 from projections.state import DISARMED, State
 
@@ -173,11 +173,9 @@ class Feed:
         state = self.state
         if state is None:
             return {"state": None, "since": None, "epoch": None, "symbols": {}, "permits": [], "halted": self.halted}
-        told = describe(state, self._policy(state), at)
+        told = describe_live(state, self._policy(state), at)
         for symbol, values in told["symbols"].items():
             values["last"] = self.day.last.get(symbol)
-        if not state.seq:
-            told |= {"state": None, "since": None, "epoch": None}
         return told | {"halted": self.halted}
 
     @property
@@ -213,10 +211,10 @@ async def _read_day(store: EventStore, ledger: Ledger, day: Day) -> None:
         StoreError: they cannot be read.
     """
     state = ledger.state
-    end = Head(state.seq, state.hash)
+    end = state.head
     if state.mode.state == DISARMED and state.mode.disarm is not None:
         await _read_disarm(store, state.mode.seq, end.seq, day)
-    since = await _start(store, end.seq, now() - DAY_US)
+    since = await before(store, now() - DAY_US, first=max(0, end.seq - EVENTS_READ), last=end.seq)
     if since >= end.seq:
         return
     head = chain.GENESIS
@@ -225,14 +223,14 @@ async def _read_day(store: EventStore, ledger: Ledger, day: Day) -> None:
         return
     if since or first.seq > 1:
         # It is not shown, but what follows is held against its hash: the one before it may be gone from the stream.
-        head = Head(first.seq, first.hash)
+        head = first.head
     try:
         async with contextlib.aclosing(pages(store, head.seq)) as read:
             async for entries in read:
                 mine = [entry for entry in entries if entry.seq <= end.seq]
                 for entry in chain.verify(mine, after=head, key=ledger.audit_key):
                     day.note(decode(entry))
-                    head = Head(entry.seq, entry.hash)
+                    head = entry.head
                 if head.seq >= end.seq:
                     break
     except (chain.ChainError, ValueError) as error:
@@ -241,19 +239,6 @@ async def _read_day(store: EventStore, ledger: Ledger, day: Day) -> None:
         raise HistoryError(
             f"the last day's events lead to event {head.seq}, another than event {end.seq} that was seen"
         )
-
-
-async def _start(store: EventStore, last: int, since: int) -> int:
-    """The event before the first one that is not older than `since` (microseconds)."""
-    low, high = max(0, last - EVENTS_READ), last
-    while low < high:
-        middle = (low + high) // 2
-        found = await store.read(middle, limit=1)
-        if not found or microseconds(found[0].timestamp) >= since:
-            high = middle
-        else:
-            low = max(middle + 1, min(found[0].seq, high))
-    return low
 
 
 async def _read_disarm(store: EventStore, seq: int, end: int, day: Day) -> None:
