@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from events.codec import decode
@@ -31,22 +33,29 @@ class LastDisarm(msgspec.Struct, frozen=True):
     error: str | None = None
     """What the last failed one came to."""
     rearmed_at: int | None = None
+    rearmed_by: str | None = None
+    rearmed_why: str | None = None
+    seq: int = 0
+    """Event that began it."""
+    proof: dict[str, Any] = {}
+    """What was read back."""
 
 
 def fold(last: LastDisarm | None, recorded: Recorded) -> LastDisarm | None:
     """What is known of the last disarm after one more event."""
     at, event = recorded.at, recorded.event
     if isinstance(event, DisarmStarted):
-        return LastDisarm(at, event.reason, event.context, event.epoch, event.manual, event.operator)
+        return LastDisarm(at, event.reason, event.context, event.epoch, event.manual, event.operator, seq=recorded.seq)
     if last is None:
         return None
     match event:
         case AutoDisarm() | ManualDisarm() if event.epoch == last.epoch:
-            return msgspec.structs.replace(last, proven_at=at, action_taken=event.action_taken, error=None)
+            done = {"proven_at": at, "action_taken": event.action_taken, "proof": event.proof}
+            return msgspec.structs.replace(last, **done, error=None)
         case DisarmFailed() if event.epoch == last.epoch:
             return msgspec.structs.replace(last, attempts=event.attempt, error=event.error)
-        case Rearmed():
-            return msgspec.structs.replace(last, rearmed_at=last.rearmed_at or at)
+        case Rearmed() if last.rearmed_at is None:
+            return msgspec.structs.replace(last, rearmed_at=at, rearmed_by=event.operator, rearmed_why=event.reason)
         case _:
             return last
 

@@ -6,24 +6,21 @@ from collections import OrderedDict, deque
 from typing import Any
 
 from events.types import (
-    AutoDisarm,
     Decision,
-    DisarmFailed,
-    DisarmStarted,
     ErrorRecorded,
     Event,
     Execution,
-    ManualDisarm,
     PermitConsumed,
     PermitExpired,
     PermitRevoked,
     PlanRejected,
-    Rearmed,
     Recorded,
     UnpermittedExecution,
 )
+from governor import last_disarm
 from governor.dashboard.chart import Chart
 from governor.dashboard.incidents import incident
+from governor.last_disarm import LastDisarm
 from governor.plans import entry_time
 
 PLANS_KEPT = 500
@@ -44,7 +41,7 @@ class Day:
         self.incidents: deque[dict[str, Any]] = deque(maxlen=INCIDENTS_KEPT)
         self.last: OrderedDict[str, dict[str, Any]] = OrderedDict()
         """The last verdict of each symbol."""
-        self.last_disarm: dict[str, Any] | None = None
+        self.disarm: LastDisarm | None = None
         self.odd: OrderedDict[str, None] = OrderedDict()
         """Plans that something was told of which may have come before their decision."""
         self._permits: dict[str, int] = {}
@@ -102,20 +99,12 @@ class Day:
 
     def note_disarm(self, recorded: Recorded) -> None:
         """Follow the last disarm from its intent to its proof, and to the re-arm."""
-        seq, at, event, _ = recorded
-        told = self.last_disarm
-        if isinstance(event, DisarmStarted):
-            self.last_disarm = _started(seq, at, event)
-        elif told is None:
-            return
-        elif isinstance(event, AutoDisarm | ManualDisarm) and event.epoch == told["epoch"]:
-            notes = [str(note) for note in event.proof.get("notes", ())]
-            told |= {"done_at": at / 1e6, "action_taken": event.action_taken, "proof": event.proof, "notes": notes}
-            told["error"] = None
-        elif isinstance(event, DisarmFailed) and event.epoch == told["epoch"]:
-            told |= {"attempts": event.attempt, "error": event.error}
-        elif isinstance(event, Rearmed) and told["rearmed"] is None:
-            told["rearmed"] = {"at": at / 1e6, "reason": event.reason, "operator": event.operator}
+        self.disarm = last_disarm.fold(self.disarm, recorded)
+
+    @property
+    def last_disarm(self) -> dict[str, Any] | None:
+        """The last disarm as plain JSON values; times are unix seconds."""
+        return None if self.disarm is None else _disarm(self.disarm)
 
 
 def row_of(recorded: Recorded, event: Decision | PlanRejected) -> dict[str, Any]:
@@ -158,20 +147,14 @@ def _latency(recorded: Recorded) -> int | None:
         return None
 
 
-def _started(seq: int, at: int, event: DisarmStarted) -> dict[str, Any]:
-    return {
-        "seq": seq,
-        "at": at / 1e6,
-        "reason": event.reason,
-        "context": event.context,
-        "manual": event.manual,
-        "operator": event.operator,
-        "epoch": event.epoch,
-        "attempts": 0,
-        "error": None,
-        "done_at": None,
-        "action_taken": None,
-        "proof": {},
-        "notes": [],
-        "rearmed": None,
+def _disarm(last: LastDisarm) -> dict[str, Any]:
+    same = ("seq", "reason", "context", "manual", "operator", "epoch", "attempts", "error", "action_taken", "proof")
+    rearmed = None
+    if last.rearmed_at is not None:
+        rearmed = {"at": last.rearmed_at / 1e6, "reason": last.rearmed_why, "operator": last.rearmed_by}
+    return {name: getattr(last, name) for name in same} | {
+        "at": last.at / 1e6,
+        "done_at": None if last.proven_at is None else last.proven_at / 1e6,
+        "notes": [str(note) for note in last.proof.get("notes", ())],
+        "rearmed": rearmed,
     }

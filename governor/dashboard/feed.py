@@ -248,6 +248,9 @@ async def _read_disarm(store: EventStore, seq: int, end: int, day: Day) -> None:
             for entry in entries:
                 if entry.seq <= end:
                     day.note_disarm(decode(entry))
-            told = day.last_disarm
-            if told is None or told["done_at"] is not None or entries[-1].seq >= min(end, seq + PROOF_WITHIN):
+            if (
+                day.disarm is None
+                or day.disarm.proven_at is not None
+                or entries[-1].seq >= min(end, seq + PROOF_WITHIN)
+            ):
                 break
