@@ -14,14 +14,15 @@
 local KEYS, ARGV, call = KEYS, ARGV, redis.call
 local at = 7
 -- With the next so many arguments; unpack fails on some thousands.
-local function call_with_many(count, ...)
-  local first, last = at + 1, at + count
+local function push_many(count, name)
+  local last = at + count
+  for from = at + 1, last, 1000 do call('RPUSH', name, unpack(ARGV, from, math.min(from + 999, last))) end
   at = last
-  for from = first, last, 1000 do
-    local command, to = {...}, math.min(from + 999, last)
-    for i = from, to do command[#command + 1] = ARGV[i] end
-    call(unpack(command))
-  end
+end
+local function acknowledge_many(count, name, group)
+  local last = at + count
+  for from = at + 1, last, 1000 do call('XACK', name, group, unpack(ARGV, from, math.min(from + 999, last))) end
+  at = last
 end
 
 local events, halt = KEYS[1], KEYS[2]
@@ -32,8 +33,10 @@ local requirements, entries, writes, acknowledgements =
 local seq, hash = '0', string.rep('0', 64)
 local last = call('XREVRANGE', events, '+', '-', 'COUNT', 1)[1]
 if last then
-  for i = 1, #last[2], 2 do
-    if last[2][i] == 'seq' then seq = last[2][i + 1] elseif last[2][i] == 'hash' then hash = last[2][i + 1] end
+  local fields = last[2]
+  for i = 1, #fields, 2 do
+    local field = fields[i]
+    if field == 'seq' then seq = fields[i + 1] elseif field == 'hash' then hash = fields[i + 1] end
   end
 end
 if seq ~= expected_seq or hash ~= expected_hash then return {'CONFLICT', seq, hash} end
@@ -46,8 +49,9 @@ if grants ~= '0' then
   -- A commit can lie in a frozen connection; a permit must not outlive the data it was decided on.
   local time = call('TIME')
   if tonumber(time[1]) * 1000000 + tonumber(time[2]) > tonumber(grants) then return {'LATE', '', ''} end
-  local brake = call('TYPE', halt).ok
-  if brake ~= 'none' then return {'HALTED', brake == 'string' and call('GET', halt) or '', ''} end
+  if call('EXISTS', halt) == 1 then
+    return {'HALTED', call('TYPE', halt).ok == 'string' and call('GET', halt) or '', ''}
+  end
 end
 local streams = 2 + requirements + writes
 for i = 1, acknowledgements do
@@ -60,10 +64,15 @@ end
 
 for _ = 1, entries do
   local event, number, timestamp, data, digest = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4], ARGV[at + 5]
-  local further = tonumber(ARGV[at + 6])
-  at = at + 6 + further
-  call('XADD', events, number .. '-0', 'event', event, 'seq', number, 'timestamp', timestamp, 'data', data, 'hash', digest,
-    unpack(ARGV, at - further + 1, at))
+  local further = ARGV[at + 6]
+  at = at + 6
+  if further == '0' then
+    call('XADD', events, number .. '-0', 'event', event, 'seq', number, 'timestamp', timestamp, 'data', data, 'hash', digest)
+  else
+    at = at + further
+    call('XADD', events, number .. '-0', 'event', event, 'seq', number, 'timestamp', timestamp, 'data', data, 'hash', digest,
+      unpack(ARGV, at - further + 1, at))
+  end
 end
 local gone = {'OK'}
 for i = 1, writes do
@@ -75,7 +84,7 @@ for i = 1, writes do
   else
     if call('DEL', name) == 0 and op == 'del' then gone[#gone + 1] = tostring(i - 1) end
     if op == 'list' and count > 0 then
-      call_with_many(count, 'RPUSH', name)
+      push_many(count, name)
       if ttl ~= '0' then call('PEXPIRE', name, ttl) end
     end
   end
@@ -83,6 +92,6 @@ end
 for i = 1, acknowledgements do
   local group, count = ARGV[at + 1], tonumber(ARGV[at + 2])
   at = at + 2
-  call_with_many(count, 'XACK', KEYS[streams + i], group)
+  acknowledge_many(count, KEYS[streams + i], group)
 end
 return gone
