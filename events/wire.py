@@ -31,17 +31,23 @@ class Wire(asyncio.Protocol):
 
     Args:
         client: as `events.store.client` makes it, or any other: then there is no wire, see `takes`.
+        text: whether answers are text, bytes that are no UTF-8 told by their numbers.
     """
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
+    def __init__(self, client: redis.asyncio.Redis, *, text: bool = False) -> None:
         self._pool: Any = client.connection_pool
+        self._decoding: dict[str, str] = {"encoding": "utf-8", "errors": "backslashreplace"} if text else {}
         self._connection: Any = None
         self._transport: Any = None
         self._streams: Any = None
         """redis-py's own protocol, which has to hear of the end."""
         self._connecting = asyncio.Lock()
+        self._loop: Any = None
         self._asked: deque[asyncio.Future[Any]] = deque()
-        self._overdue: asyncio.TimerHandle | None = None
+        self._within_s: float | None = None
+        """How long the server may be silent while something is asked."""
+        self._silent_since = 0.0
+        self._watch: asyncio.TimerHandle | None = None
 
     @staticmethod
     def takes(client: object) -> bool:
@@ -64,30 +70,42 @@ class Wire(asyncio.Protocol):
             if self.up:
                 return
             await self._let_go()
+            self._loop = asyncio.get_running_loop()
             self._connection = connection = await self._pool.get_connection()
+            self._within_s = connection.socket_timeout
             self._transport = transport = connection._writer.transport  # noqa: SLF001 - the way past its streams
             self._streams = transport.get_protocol()
             self._parser = hiredis.Reader(
-                protocolError=redis.exceptions.InvalidResponse, replyError=BaseParser.parse_error
+                protocolError=redis.exceptions.InvalidResponse, replyError=BaseParser.parse_error, **self._decoding
             )
             transport.set_protocol(self)
 
     def send(self, *words: Any) -> asyncio.Future[Any]:
-        """Send a command; it must be up. The answer raises what the server says is wrong, and what goes wrong."""
+        """Send a command; it must be up. The answer, for `heard`, raises what the server says is wrong and the like."""
         command = hiredis.pack_command(words)
-        answer = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(self._given_up)
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        if not self._asked:
+            self._silent_since = self._loop.time()
         self._asked.append(answer)
         self._transport.write(command)
-        if self._overdue is None:
-            self._wait()
+        if self._watch is None and self._within_s is not None:
+            self._watch = self._loop.call_later(self._within_s, self._look)
         return answer
+
+    async def heard(self, answer: asyncio.Future[Any]) -> Any:
+        """Wait for an answer. Whoever stops waiting gives the command up, and the connection with it."""
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.cancelled():
+                self._abort(redis.exceptions.ConnectionError("a command before it was given up"))
+            raise
 
     async def ask(self, *words: Any) -> Any:
         """Send a command, connecting first if need be, and wait for its answer."""
         if not self.up:
             await self.connect()
-        return await self.send(*words)
+        return await self.heard(self.send(*words))
 
     # -- what asyncio tells
 
@@ -120,33 +138,29 @@ class Wire(asyncio.Protocol):
             answer.set_exception(reply)
         else:
             answer.set_result(reply)
-        if self._overdue is not None:
-            self._overdue.cancel()
-            self._overdue = None
-        if self._asked:
-            self._wait()
+        self._silent_since = self._loop.time()
         if isinstance(reply, Exception) and ends(reply):
             self._abort(reply)
 
-    def _wait(self) -> None:
-        if (within_s := self._connection.socket_timeout) is not None:
-            self._overdue = asyncio.get_running_loop().call_later(within_s, self._too_late)
-
-    def _too_late(self) -> None:
-        self._abort(redis.exceptions.TimeoutError("Timeout reading from the server"))
-
-    def _given_up(self, answer: asyncio.Future[Any]) -> None:
-        if answer.cancelled():
-            self._abort(redis.exceptions.ConnectionError("a command before it was given up"))
+    def _look(self) -> None:
+        """Whether the server is silent for too long. One timer for many commands: most are answered at once."""
+        self._watch = None
+        if not self._asked or self._within_s is None:
+            return
+        left_s = self._silent_since + self._within_s - self._loop.time()
+        if left_s > 0:
+            self._watch = self._loop.call_later(left_s, self._look)
+        else:
+            self._abort(redis.exceptions.TimeoutError("Timeout reading from the server"))
 
     def _abort(self, why: Exception) -> None:
         """Nobody knows what became of what was asked."""
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.abort()
-        if self._overdue is not None:
-            self._overdue.cancel()
-            self._overdue = None
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         asked, self._asked = self._asked, deque()
         for answer in asked:
             if not answer.done():

@@ -60,7 +60,9 @@ async def test_a_command_that_is_given_up_ends_the_connection_and_leaves_no_answ
     async with client(server) as one:
         wire = Wire(one)
         number = await wire.ask("CLIENT", "ID")
-        waiting, behind = wire.send("BLPOP", "wire-nothing", 5), wire.send("ECHO", "behind")
+        waiting = asyncio.create_task(wire.heard(wire.send("BLPOP", "wire-nothing", 5)))
+        behind = wire.send("ECHO", "behind")
+        await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(redis.exceptions.ConnectionError, match="given up"):
             await behind
