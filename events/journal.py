@@ -210,7 +210,7 @@ class Journal:
 
         Args:
             expected: the head the commit expects, which must be the journal's.
-            entries: what it appends.
+            entries: what it appends, as `events.codec.encode_all` has just made it.
             server: identity of the server process it goes to.
 
         Raises:
@@ -224,7 +224,7 @@ class Journal:
             raise MismatchError(
                 f"an intent of {len(entries)} events after {told(expected)}, the journal ends at {told(self._head)}"
             )
-        self._verify(intent.entries)
+        self._follow(intent.entries)
         self._make_room()
         with self._lock:
             self._write([intent_record(intent)])
@@ -640,6 +640,15 @@ class Journal:
                 pass
         except chain.ChainError as error:
             raise MismatchError(f"not a continuation of event {self._head.seq}: {error}") from error
+
+    def _follow(self, entries: Sequence[Entry]) -> None:
+        # Their hashes are not looked at: whoever is about to commit them has just made these.
+        for expected, entry in enumerate(entries, self._head.seq + 1):
+            if entry.seq != expected:
+                raise MismatchError(
+                    f"not a continuation of event {self._head.seq}: "
+                    f"event {entry.seq}: follows event {expected - 1}, expected {expected}"
+                )
 
     def _settled_by(self, new: Sequence[Entry]) -> tuple[list[Record], Sequence[Entry]]:
         """What the stream's next events say of the open intent, and those of them that are not its own."""

@@ -98,7 +98,7 @@ _EVENT = msgspec.json.Decoder(_Stored)
 _INTENT = msgspec.json.Decoder(_StoredIntent)
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True):
     """A line, and what it does to the history."""
 
     kind: Literal["I", "C", "V", "E", "N"]
@@ -146,8 +146,9 @@ def _entry(stored: _Stored) -> Entry:
 
 
 def intent_record(intent: Intent) -> Record:
-    """A commit about to be made."""
-    payload = _ENCODE(_StoredIntent(intent.expected, intent.server, [_stored(entry) for entry in intent.entries]))
+    """A commit about to be made, of events just encoded: their data needs no look to be known for JSON."""
+    entries = [_Stored(*entry[:3], msgspec.Raw(entry.data), entry.hash) for entry in intent.entries]
+    payload = _ENCODE(_StoredIntent(intent.expected, intent.server, entries))
     return Record("I", _line("I", payload), intent.expected)
 
 
