@@ -108,22 +108,18 @@ def dumps(value: object) -> bytes:
 
 def encode(event: Event, *, after: Head, at: int, key: bytes | None = None) -> Entry:
     """The entry that continues the stream after `after`."""
-    return _encode(event, after, seconds(at), key)
-
-
-def _encode(event: Event, after: Head, timestamp: str, key: bytes | None) -> Entry:
-    data, seq = _ENCODER.encode(event), after.seq + 1
-    digest = chain.link(after.hash, event.NAME, seq, timestamp, data, key=key)
-    return Entry(event.NAME, seq, timestamp, data, digest)
+    return encode_all((event,), after=after, at=at, key=key)[0]
 
 
 def encode_all(events: Iterable[Event], *, after: Head, at: int, key: bytes | None = None) -> list[Entry]:
     """Entries for events of one moment, each linked to the one before."""
     entries: list[Entry] = []
     timestamp = seconds(at)
+    seq, digest = after
     for event in events:
-        entries.append(_encode(event, after, timestamp, key))
-        after = entries[-1].head
+        data, seq = _ENCODER.encode(event), seq + 1
+        digest = chain.link(digest, event.NAME, seq, timestamp, data, key=key)
+        entries.append(Entry(event.NAME, seq, timestamp, data, digest))
     return entries
 
 

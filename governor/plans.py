@@ -5,9 +5,9 @@ Only numbers that take part in a decision are looked at; everything else is kept
 
 from __future__ import annotations
 
+import string
 from decimal import Decimal
 from itertools import islice
-from re import compile as regex
 
 import msgspec
 
@@ -34,9 +34,16 @@ NAME_MOST = 128
 FIELDS_MOST = 256
 """Fields kept."""
 
-_plan_id = regex(r"[A-Za-z0-9._:-]{1,128}").fullmatch
-_symbol = regex(r"[A-Z0-9_]{1,32}").fullmatch
-_entry_id = regex(r"(\d{1,15})-(\d{1,20})").fullmatch
+_LETTERS = string.ascii_letters + string.digits + "._:-"
+_CAPITALS = string.ascii_uppercase + string.digits + "_"
+
+
+def _plan_id(value: str) -> bool:
+    return 1 <= len(value) <= 128 and not value.strip(_LETTERS)  # nothing is left where all of it may be there
+
+
+def _symbol(value: str) -> bool:
+    return 1 <= len(value) <= 32 and not value.strip(_CAPITALS)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,10 +90,11 @@ def entry_time(entry_id: str) -> int:
     Raises:
         ValueError: not a stream entry id.
     """
-    match = _entry_id(entry_id)
-    if match is None:
+    ms, dash, number = entry_id.partition("-")
+    digits = ms + number
+    if not (dash and digits.isascii() and digits.isdecimal() and 1 <= len(ms) <= 15 and 1 <= len(number) <= 20):
         raise ValueError(f"{entry_id!r} is no stream entry id")
-    return int(match[1]) * 1000
+    return int(ms) * 1000
 
 
 def parse_plan(fields: dict[str, str], *, entry_id: str, now: int, needs_close_qty: bool) -> Plan:

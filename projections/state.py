@@ -179,11 +179,12 @@ class State:
 
     def fork(self) -> State:
         """A state to try events on; this one stays as it is."""
-        other = State()
-        for name in ("seq", "hash", "time", "first_at", "mode", "settings", "hold_until", "days", "errors", "noted"):
-            setattr(other, name, getattr(self, name))
-        for name in ("books", "plans", "permits", "entries", "results"):
-            setattr(other, name, getattr(self, name).fork())
+        other = State.__new__(State)  # one by one, and nothing made in vain: every plan comes here
+        other.seq, other.hash, other.time, other.first_at = self.seq, self.hash, self.time, self.first_at
+        other.mode, other.settings, other.hold_until = self.mode, self.settings, self.hold_until
+        other.days, other.errors, other.noted = self.days, self.errors, self.noted
+        other.books, other.plans, other.permits = self.books.fork(), self.plans.fork(), self.permits.fork()
+        other.entries, other.results = self.entries.fork(), self.results.fork()
         other.counts = copy(self.counts)
         other.forked = True
         return other

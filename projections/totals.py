@@ -42,6 +42,8 @@ def _kept(days: tuple[Day, ...], day: int) -> Day:
 
 def add(days: tuple[Day, ...], day: int, notional: Decimal, quantity: Decimal) -> tuple[Day, ...]:
     """With an amount counted on `day`; negative amounts release. Days out of reach are left out."""
+    if not notional and not quantity:
+        return days
     known = days[-1] if days and days[-1].day == day else _kept(days, day)
     # Exact, and kept with whatever zeros it ends in: `on` is for whoever looks at it.
     added = MATH.add(known.quantity, quantity) if quantity else known.quantity

@@ -40,7 +40,7 @@ from events.types import (
     Throttled,
     UnpermittedExecution,
 )
-from projections import totals, windows
+from projections import windows
 from projections.state import State
 
 DAY_MS = 86_400_000
@@ -146,9 +146,9 @@ def symbol_writes(state: State, symbol: str, keys: Keys, *, there: Container[int
     newest = tuple(map(_seconds, reversed(book.executions[-windows.KEPT :])))
     found = [Write("list", keys.executions(symbol), newest, DAY_MS)]
     today = day_of(state.time)
+    days = {counted.day: counted for counted in book.days}
     for day in (today - 1, today):
-        counted = totals.on(book.days, day)
-        if counted in book.days:
+        if (counted := days.get(day)) is not None:
             notional, quantity = text(counted.notional).encode(), text(counted.quantity).encode()
             found.append(Write("set", keys.daily(symbol, day), (notional,), DAY_MS))
             found.append(Write("set", keys.daily_qty(symbol, day), (quantity,), DAY_MS))
