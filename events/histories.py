@@ -6,13 +6,15 @@ import enum
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
+import msgspec
+
 from events.chain import GENESIS
 from events.types import Entry, Head
 
 Verdict: TypeAlias = Literal["committed", "void", "lost"]
 
 
-class Intent(NamedTuple):
+class Intent(msgspec.Struct, frozen=True):
     """A commit about to be made."""
 
     expected: Head

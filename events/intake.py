@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import redis.asyncio
 import redis.exceptions
 
@@ -74,7 +75,7 @@ SHA = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for 
 """What each script is called on the server."""
 
 
-class Delivery(NamedTuple):
+class Delivery(msgspec.Struct, frozen=True, gc=False):
     """One stream entry as delivered."""
 
     stream: str
@@ -133,7 +134,9 @@ class Intake:
         self._redis = connection
         self._streams = streams
         self._clock = clock
-        self._ask: Callable[..., Any] = Wire(connection).ask if Wire.takes(connection) else connection.execute_command
+        self._ask: Callable[..., Any] = (
+            Wire(connection, text=True).ask if Wire.takes(connection) else connection.execute_command
+        )
         """For the read that waits for plans."""
         self._begin()
 
@@ -311,6 +314,9 @@ def _fields(fields: Any) -> dict[str, str] | None:
     """
     if not fields:
         return None
+    told = type(fields) is list and type(fields[0]) is str
+    if told and len(fields) <= 2 * FIELDS and len("".join(fields)) <= NAME_BYTES:
+        return dict(zip(fields[::2], fields[1::2], strict=True))  # the usual case, told quickly: nothing is cut
     pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=True)
     kept: dict[str, str] = {}
     room = VALUE_BYTES

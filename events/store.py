@@ -27,9 +27,10 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import hiredis
+import msgspec
 import redis.asyncio
 import redis.exceptions
 from redis.asyncio.retry import Retry
@@ -108,14 +109,14 @@ class UnsentError(UnavailableError):
     """No connection could be made, so nothing was sent."""
 
 
-class Require(NamedTuple):
+class Require(msgspec.Struct, frozen=True, gc=False):
     """A key that has to be present, or absent, for the commit to happen."""
 
     key: str
     present: bool
 
 
-class Write(NamedTuple):
+class Write(msgspec.Struct, frozen=True, gc=False):
     """One key to set, delete, or replace by a list. `ttl_ms` 0 means that it stays."""
 
     op: str
@@ -124,7 +125,7 @@ class Write(NamedTuple):
     ttl_ms: int = 0
 
 
-class Ack(NamedTuple):
+class Ack(msgspec.Struct, frozen=True, gc=False):
     """A stream entry the group has dealt with."""
 
     stream: str
@@ -132,7 +133,7 @@ class Ack(NamedTuple):
     entry_id: str
 
 
-class Commit(NamedTuple):
+class Commit(msgspec.Struct, frozen=True):
     """Everything that happens in one atomic step."""
 
     expected: Head
@@ -278,14 +279,13 @@ class RedisStore:
     def commit(self, commit: Commit) -> Coroutine[Any, Any, frozenset[str]]:
         if not commit.entries and (commit.requires or commit.grants):
             raise ValueError("a commit without events has nothing to protect")
-        keys, arguments = self._pack(commit)
-        words = (len(keys), *keys, *arguments)
+        words = self._pack(commit)
         wire = self._wire
         sent = wire.send("EVALSHA", self._sha, *words) if wire is not None and wire.up and self._sha else None
         return self._committed(commit, words, sent)
 
     async def _committed(
-        self, commit: Commit, words: tuple[str | bytes | int, ...], sent: asyncio.Future[Any] | None
+        self, commit: Commit, words: list[str | bytes | int], sent: asyncio.Future[Any] | None
     ) -> frozenset[str]:
         reply = await self._evaluate(words, sent)
         match reply[0]:
@@ -343,34 +343,50 @@ class RedisStore:
         seconds, micros = await self._call("TIME")
         return int(seconds) * 1_000_000 + int(micros)
 
-    def _pack(self, commit: Commit) -> tuple[list[str], list[str | bytes | int]]:
+    def _pack(self, commit: Commit) -> list[str | bytes | int]:
+        """Number of keys, keys and arguments, as commit.lua takes them."""
         acks: dict[tuple[str, str], list[str]] = {}
         for ack in commit.acks:
             acks.setdefault((ack.stream, ack.group), []).append(ack.entry_id)
-        keys = [self._stream, self._halt]
-        keys += [require.key for require in commit.requires]
-        keys += [write.key for write in commit.writes]
-        keys += [stream for stream, _ in acks]
-        arguments: list[str | bytes | int] = [commit.expected.seq, commit.expected.hash]
-        arguments.append(commit.not_after_us if commit.grants else 0)
-        arguments += [len(commit.requires), len(commit.entries), len(commit.writes), len(acks)]
-        arguments += [int(require.present) for require in commit.requires]
+        requires, writes = commit.requires, commit.writes
+        words: list[str | bytes | int] = [2 + len(requires) + len(writes) + len(acks), self._stream, self._halt]
+        words += [require.key for require in requires]
+        words += [write.key for write in writes]
+        words += [stream for stream, _ in acks]
+        words += commit.expected
+        words += (
+            commit.not_after_us if commit.grants else 0,
+            len(requires),
+            len(commit.entries),
+            len(writes),
+            len(acks),
+        )
+        words += [int(require.present) for require in requires]
         for entry in commit.entries:
-            extra = [part for pair in plain_fields(entry) for part in pair]
-            arguments += (*entry, len(extra), *extra)
-        for write in commit.writes:
-            arguments += [write.op, write.ttl_ms, len(write.values), *write.values]
+            words += entry
+            further = plain_fields(entry)
+            words.append(2 * len(further))
+            for pair in further:
+                words += pair
+        for write in writes:
+            values = write.values
+            words += (write.op, write.ttl_ms, len(values), *values)
         for (_, group), ids in acks.items():
-            arguments += [group, len(ids), *ids]
-        return keys, arguments
+            words += (group, len(ids), *ids)
+        return words
 
-    async def _evaluate(self, words: tuple[str | bytes | int, ...], sent: asyncio.Future[Any] | None) -> list[bytes]:
-        execute = self._execute if self._wire is None else self._wire.ask
+    async def _evaluate(self, words: list[str | bytes | int], sent: asyncio.Future[Any] | None) -> list[bytes]:
+        wire = self._wire
+        execute = self._execute if wire is None else wire.ask
         for _ in range(3):
             if self._sha is None:
                 self._sha = await self._call("SCRIPT LOAD", _SCRIPT)
             try:
-                reply: list[bytes] = await (sent or execute("EVALSHA", self._sha, *words))
+                reply: list[bytes] = (
+                    await wire.heard(sent)
+                    if wire is not None and sent is not None
+                    else await execute("EVALSHA", self._sha, *words)
+                )
                 return reply
             except redis.exceptions.NoScriptError:
                 self._sha = sent = None  # a restart or a promotion emptied the script cache

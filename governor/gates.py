@@ -39,7 +39,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """`whole`, or the reason for which nothing may be permitted: `quarantined` or `history_hold`."""
 
 
-class Case(NamedTuple):
+class Case(msgspec.Struct, frozen=True):
     """Everything the gates look at."""
 
     plan: Plan
@@ -246,6 +246,7 @@ TABLE: tuple[Row, ...] = (
     Row(throttle, ("throttle",), ("throttled",)),
 )
 """In order: the first that fails is the reason."""
+_GATES = tuple(row.gate for row in TABLE)
 MARKET_FROM = 7
 """Gates before this one need no exchange data; it is asked only when they all pass."""
 OTHER_REASONS = ("not_execute", "duplicate_plan", "evaluation_error", "invalid_plan")
@@ -255,7 +256,7 @@ REASONS: tuple[str, ...] = (*(reason for row in TABLE for reason in row.reasons)
 
 def evaluate(case: Case) -> tuple[tuple[Check, ...], str | None]:
     """Every check, and the reason: None when no gate failed."""
-    checks = tuple([row.gate(case) for row in TABLE])
+    checks = tuple([gate(case) for gate in _GATES])
     verdicts = [check.ok for check in checks]
     if False not in verdicts:
         return checks, None
@@ -265,4 +266,4 @@ def evaluate(case: Case) -> tuple[tuple[Check, ...], str | None]:
 
 def needs_market(case: Case) -> bool:
     """Whether the exchange has to be asked: the plan concerns it and nothing before it fails."""
-    return _asks(case) and all(row.gate(case).ok is True for row in TABLE[:MARKET_FROM])
+    return _asks(case) and all(gate(case).ok is True for gate in _GATES[:MARKET_FROM])

@@ -13,7 +13,9 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from events import chain
 from events.codec import FOLDED, WHOLE, Decoders, decode, encode_all
@@ -61,7 +63,7 @@ class HistoryError(StoreError):
     """The stream does not continue what was already folded: it was cut, emptied or replaced."""
 
 
-class Proposal(NamedTuple):
+class Proposal(msgspec.Struct, frozen=True):
     """What should happen, decided on a state."""
 
     events: Sequence[Event] = ()
@@ -77,7 +79,7 @@ Propose = Callable[[State, int], Proposal]
 """Given the state and the clock (microseconds), what should happen. Pure; may raise to say "not like this"."""
 
 
-class Outcome(NamedTuple):
+class Outcome(msgspec.Struct, frozen=True):
     """What became of a sequence of proposals."""
 
     values: list[Any]
@@ -86,13 +88,17 @@ class Outcome(NamedTuple):
     """Raised by the next one; those after it were not looked at."""
 
 
-class _Item(NamedTuple):
+class _Item(msgspec.Struct, frozen=True, eq=False):
     proposals: Sequence[Propose]
     done: asyncio.Future[Outcome]
 
 
 def _item(proposals: Sequence[Propose]) -> _Item:
-    return _Item(proposals, asyncio.get_running_loop().create_future())
+    return _Item(proposals, _future())
+
+
+def _future() -> asyncio.Future[Outcome]:
+    return asyncio.get_running_loop().create_future()
 
 
 class _Draft:
@@ -141,21 +147,23 @@ class _Draft:
     def _add(self, item: _Item) -> Outcome:
         """Take in what an item proposes, up to one that raises or revokes a permit."""
         values: list[Any] = []
+        fork, now = self.fork, self.now
         for propose in item.proposals:
             try:
-                proposal = propose(self.fork, self.now)
-                after = self.fork.head
-                entries = encode_all(proposal.events, after=after, at=self.now, key=self._key)
+                proposal = propose(fork, now)
+                events = proposal.events
+                entries = encode_all(events, after=fork.head, at=now, key=self._key)
             except Exception as raised:  # noqa: BLE001 - whatever it is, it is the proposer's
                 return Outcome(values, raised)
-            for entry, event in zip(entries, proposal.events, strict=True):
-                recorded = Recorded(entry.seq, self.now, event, entry.hash)
-                evolve(self.fork, recorded)
+            for entry, event in zip(entries, events, strict=True):
+                recorded = Recorded(entry.seq, now, event, entry.hash)
+                evolve(fork, recorded)
                 self.written.append(recorded)
                 self.revoked = self.revoked or isinstance(event, PermitRevoked)
             self.entries += entries
-            self.requires += proposal.requires
-            self.owners += [item] * len(proposal.requires)
+            if proposal.requires:
+                self.requires += proposal.requires
+                self.owners += [item] * len(proposal.requires)
             self.writes += proposal.writes
             self.acks += proposal.acks
             values.append(proposal.value)
@@ -165,7 +173,7 @@ class _Draft:
         return Outcome(values, None)
 
 
-class _Flight(NamedTuple):
+class _Flight(msgspec.Struct, frozen=True, eq=False):
     """A commit on its way."""
 
     draft: _Draft
@@ -227,6 +235,7 @@ class Ledger:
         self._observe = observe
         self._turned = turned
         self._sleep = sleep
+        self._future: Callable[[], asyncio.Future[Outcome]] = _future
         self._queue: deque[_Item] = deque()
         self._urgent: deque[_Item] = deque()
         self._waits = asyncio.Event()
@@ -373,7 +382,7 @@ class Ledger:
 
     def enter(self, *proposals: Propose, urgent: bool = False) -> asyncio.Future[Outcome]:
         """As `submit`, without waiting: the outcome raises what that does."""
-        item = _item(proposals)
+        item = _Item(proposals, self._future())
         (self._urgent if urgent else self._queue).append(item)
         self._waits.set()
         return item.done
@@ -403,6 +412,7 @@ class Ledger:
 
     async def run(self) -> None:
         """Commit what is submitted, for ever. Waits for the server where it is away."""
+        self._future = asyncio.get_running_loop().create_future  # asked for each time, the loop costs a system call
         while True:
             await self._waits.wait()
             self._waits.clear()
@@ -471,7 +481,9 @@ class Ledger:
                 attempt += 1
 
     def _has_to_look(self, batch: Iterable[_Item]) -> bool:
-        return (self.keeper is not None and self.keeper.doubts) or not all(item.proposals for item in batch)
+        if self.keeper is not None and self.keeper.doubts:
+            return True
+        return any(not item.proposals for item in batch)
 
     async def _look(self, batch: list[_Item]) -> None:
         """Catch up, and answer those who asked for no more."""

@@ -294,10 +294,14 @@ class Governor:
                 continue
             results = [d for d in deliveries if d.stream == self.keys.results]
             begun = [self._enqueue(delivery) for delivery in deliveries if delivery.stream == self.keys.plans]
+            symbols = [symbol for symbol in begun if symbol is not None]
+            if not self.policy.credentials:
+                self._decide_at_once(symbols)
+            for symbol in symbols:
+                self._begin(self._decide_symbol(symbol), 0)
             if results:
                 self._begin(self._settle_results(results), len(results))
             if not self.policy.credentials:
-                self._decide_at_once(symbol for symbol in begun if symbol is not None)
                 continue
             for _ in range(GIVE_WAY if deliveries else 0):
                 await asyncio.sleep(0)
@@ -313,7 +317,7 @@ class Governor:
         return Proposal(decider.lose(state, (lost.marker,), self.policy, now, count=missing))
 
     def _enqueue(self, delivery: Delivery) -> str | None:
-        """Have a plan decided. Returns its symbol where nobody is at work on one of the same yet."""
+        """Have a plan wait. Returns its symbol where nobody is at work on one of the same yet."""
         symbol = (delivery.fields or {}).get("symbol", "")
         self._take_room(1)
         queue = self._queues.get(symbol)
@@ -321,11 +325,10 @@ class Governor:
             queue.append(delivery)
             return None
         self._queues[symbol] = deque([delivery])
-        self._begin(self._decide_symbol(symbol), 0)
         return symbol
 
     def _decide_at_once(self, symbols: Iterable[str]) -> None:
-        """Send what waits for no exchange before anything else happens; its workers hear of the outcome."""
+        """Send what waits for no exchange before anything else happens; their workers hear of the outcome."""
         for symbol in symbols:
             self._begun[symbol] = self._submit(self._queues[symbol], None, None)
         self.ledger.start()

@@ -343,7 +343,8 @@ async def test_a_page_of_large_entries_ends_at_a_number_of_bytes_and_loses_none(
 async def test_what_a_decision_uses_is_kept_however_large_the_fields_before_it(streams: Streams) -> None:
     intake = await streams.opened()
     await streams.redis.xadd(PLANS, {f"big{n}": b"\xff" * 50_000 for n in range(20)} | {"symbol": "BTCUSDT"})
-    ((_, _, fields),) = await intake.read(count=1, block_s=0.001)
+    (delivery,) = await intake.read(count=1, block_s=0.001)
+    fields = delivery.fields
     assert fields is not None
     assert fields["symbol"] == "BTCUSDT"
     assert sum(map(len, fields.values())) < 2 * FIELDS_BYTES

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from events.store import Commit, MemoryStore
 from governor import by_hand, decider, disarming, ledger, rearming, service
@@ -84,7 +85,7 @@ def forget_the_head(patch: pytest.MonkeyPatch) -> None:
     commit = MemoryStore.commit
 
     async def careless(self: MemoryStore, it: Commit) -> frozenset[str]:
-        return await commit(self, it._replace(expected=await self.head()))
+        return await commit(self, replace(it, expected=await self.head()))
 
     patch.setattr(MemoryStore, "commit", careless)
 
@@ -93,7 +94,7 @@ def forget_the_brake(patch: pytest.MonkeyPatch) -> None:
     commit = MemoryStore.commit
 
     async def careless(self: MemoryStore, it: Commit) -> frozenset[str]:
-        return await commit(self, it._replace(grants=False))
+        return await commit(self, replace(it, grants=False))
 
     patch.setattr(MemoryStore, "commit", careless)
 
@@ -111,7 +112,7 @@ def forget_what_a_client_took(patch: pytest.MonkeyPatch) -> None:
     take_back = service._take_back
 
     def careless(*args: Any) -> Proposal:
-        return take_back(*args)._replace(requires=[])
+        return replace(take_back(*args), requires=[])
 
     patch.setattr(service, "_take_back", careless)
 
@@ -120,7 +121,7 @@ def forget_to_acknowledge(patch: pytest.MonkeyPatch) -> None:
     propose = service.Governor._propose
 
     def careless(*args: Any) -> Proposal:
-        return propose(*args)._replace(acks=[])
+        return replace(propose(*args), acks=[])
 
     patch.setattr(service.Governor, "_propose", careless)
 
