@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import redis.asyncio
@@ -111,6 +111,9 @@ class Lost(NamedTuple):
         return max(0, self.missing - known)
 
 
+Take: TypeAlias = Callable[[list[Delivery]], None]
+
+
 class Intake:
     """The consumer group `governor` on some streams, one consumer.
 
@@ -134,9 +137,7 @@ class Intake:
         self._redis = connection
         self._streams = streams
         self._clock = clock
-        self._ask: Callable[..., Any] = (
-            Wire(connection, text=True).ask if Wire.takes(connection) else connection.execute_command
-        )
+        self._wire = Wire(connection, text=True) if Wire.takes(connection) else None
         """For the read that waits for plans."""
         self._begin()
 
@@ -165,7 +166,7 @@ class Intake:
                 raise UnavailableError(f"{type(error).__name__}: {error}") from error
         self._begin()
 
-    async def read(self, *, count: int, block_s: float) -> list[Delivery]:
+    async def read(self, *, count: int, block_s: float, take: Take = lambda _deliveries: None) -> list[Delivery]:
         """The next deliveries in stream order: pending ones first, then new ones, waiting for those.
 
         Every few seconds, what is pending and was given to nobody who is still there comes in between.
@@ -173,22 +174,20 @@ class Intake:
         Args:
             count: at most this many of a stream; fewer where they are large.
             block_s: how long to wait for the first one.
+            take: given what is returned, before anything else happens; usually with the bytes that bring it.
 
         Raises:
             UnavailableError: no server or no answer; call `open` and go on, what was in flight is pending.
             StoreError: the stream or its group is gone; `open` makes them again.
         """
         try:
-            deliveries = await self._next(count, block_s)
+            return await self._next(count, block_s, take)
         except StoreError:
             raise
         except redis.exceptions.ResponseError as error:
             raise StoreError(str(error)) from error
         except Exception as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
-        for delivery in deliveries:
-            self._given[delivery.stream].add(delivery.entry_id)
-        return deliveries
 
     async def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge what needs no event.
@@ -202,19 +201,25 @@ class Intake:
         except Exception as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
 
-    async def _next(self, count: int, block_s: float) -> list[Delivery]:
+    def _give(self, deliveries: list[Delivery], take: Take) -> list[Delivery]:
+        for delivery in deliveries:
+            self._given[delivery.stream].add(delivery.entry_id)
+        take(deliveries)
+        return deliveries
+
+    async def _next(self, count: int, block_s: float, take: Take) -> list[Delivery]:
         while not self._drained:
             if deliveries := await self._read_pending(count):
-                return deliveries
+                return self._give(deliveries, take)
         if self._clock() - self._pending_at >= PENDING_EVERY_S:
             if deliveries := await self._abandoned(min(count, WAIT_MOST)):
-                return deliveries
+                return self._give(deliveries, take)
             self._pending_at = self._clock()
         if (self._behind or self._clock() - self._read_at >= LOOK_AFTER_S) and (
             deliveries := await self._catch_up(count)
         ):
-            return deliveries
-        return await self._wait(min(count, WAIT_MOST), block_s)
+            return self._give(deliveries, take)
+        return await self._wait(min(count, WAIT_MOST), block_s, take)
 
     async def _read_pending(self, count: int) -> list[Delivery]:
         reply = await self._redis.xreadgroup(GROUP, CONSUMER, self._pending, count=min(count, WAIT_MOST))  # type: ignore[arg-type]
@@ -224,15 +229,23 @@ class Intake:
         self._drained = not deliveries
         return deliveries
 
-    async def _wait(self, count: int, block_s: float) -> list[Delivery]:
+    async def _wait(self, count: int, block_s: float, take: Take) -> list[Delivery]:
         block = max(1, int(block_s * 1000))
         # Named in bytes, redis-py leaves the reply as it came.
         words: list[Any] = [b"XREADGROUP", "GROUP", GROUP, CONSUMER, "COUNT", count, "BLOCK", block, "STREAMS"]
         words += [*self._streams, *[">"] * len(self._streams)]
-        deliveries = _deliveries(await self._ask(*words))
-        self._read_at = self._clock()
-        self._behind = len(deliveries) >= count
-        return deliveries
+
+        def arrived(reply: Any) -> list[Delivery]:
+            deliveries = _deliveries(reply)
+            self._read_at = self._clock()
+            self._behind = len(deliveries) >= count
+            return self._give(deliveries, take)
+
+        if self._wire is None:
+            execute: Callable[..., Any] = self._redis.execute_command
+            return arrived(await execute(*words))
+        found: list[Delivery] = await self._wire.ask(*words, then=arrived)
+        return found
 
     async def _catch_up(self, count: int) -> list[Delivery]:
         """What is new, as far as one look goes, of every stream; the order of the streams is that of `streams`."""

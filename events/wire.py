@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import hiredis
 import redis.asyncio
 import redis.exceptions
 from redis._parsers.base import BaseParser
 from redis.asyncio.connection import Connection, SSLConnection
+
+Then: TypeAlias = Callable[[Any], Any]
 
 
 def ends(error: BaseException) -> bool:
@@ -43,7 +46,7 @@ class Wire(asyncio.Protocol):
         """redis-py's own protocol, which has to hear of the end."""
         self._connecting = asyncio.Lock()
         self._loop: Any = None
-        self._asked: deque[asyncio.Future[Any]] = deque()
+        self._asked: deque[tuple[asyncio.Future[Any], Then | None]] = deque()
         self._within_s: float | None = None
         """How long the server may be silent while something is asked."""
         self._silent_since = 0.0
@@ -80,13 +83,13 @@ class Wire(asyncio.Protocol):
             )
             transport.set_protocol(self)
 
-    def send(self, *words: Any) -> asyncio.Future[Any]:
+    def send(self, *words: Any, then: Then | None = None) -> asyncio.Future[Any]:
         """Send a command; it must be up. The answer, for `heard`, raises what the server says is wrong and the like."""
         command = hiredis.pack_command(words)
         answer: asyncio.Future[Any] = self._loop.create_future()
         if not self._asked:
             self._silent_since = self._loop.time()
-        self._asked.append(answer)
+        self._asked.append((answer, then))
         self._transport.write(command)
         if self._watch is None and self._within_s is not None:
             self._watch = self._loop.call_later(self._within_s, self._look)
@@ -101,11 +104,16 @@ class Wire(asyncio.Protocol):
                 self._abort(redis.exceptions.ConnectionError("a command before it was given up"))
             raise
 
-    async def ask(self, *words: Any) -> Any:
-        """Send a command, connecting first if need be, and wait for its answer."""
+    async def ask(self, *words: Any, then: Then | None = None) -> Any:
+        """Send a command, connecting first if need be, and wait for its answer.
+
+        Args:
+            words: the command.
+            then: makes the answer of what the server says, with the bytes that bring it: before any task hears of it.
+        """
         if not self.up:
             await self.connect()
-        return await self.heard(self.send(*words))
+        return await self.heard(self.send(*words, then=then))
 
     # -- what asyncio tells
 
@@ -133,11 +141,18 @@ class Wire(asyncio.Protocol):
     # -- answers
 
     def _answered(self, reply: Any) -> None:
-        answer = self._asked.popleft()
+        answer, then = self._asked.popleft()
+        if answer.cancelled():
+            return  # given up: whoever waited is about to abort the connection
         if isinstance(reply, Exception):
             answer.set_exception(reply)
-        else:
+        elif then is None:
             answer.set_result(reply)
+        else:
+            try:
+                answer.set_result(then(reply))
+            except Exception as error:  # noqa: BLE001 - whose it is hears of it
+                answer.set_exception(error)
         self._silent_since = self._loop.time()
         if isinstance(reply, Exception) and ends(reply):
             self._abort(reply)
@@ -162,7 +177,7 @@ class Wire(asyncio.Protocol):
             self._watch.cancel()
             self._watch = None
         asked, self._asked = self._asked, deque()
-        for answer in asked:
+        for answer, _ in asked:
             if not answer.done():
                 answer.set_exception(why)
 

@@ -283,7 +283,7 @@ class Governor:
                     opened = self.following = True
                     self._settled.set()
                 await self._room.wait()
-                deliveries = await self.intake.read(count=READ_MOST, block_s=0.5)
+                deliveries = await self.intake.read(count=READ_MOST, block_s=0.5, take=self._take)
                 wait = 0.05
             except StoreError as error:
                 if self.following:
@@ -292,19 +292,20 @@ class Governor:
                 await asyncio.sleep(wait)
                 wait = min(1.0, wait * 2)
                 continue
-            results = [d for d in deliveries if d.stream == self.keys.results]
-            begun = [self._enqueue(delivery) for delivery in deliveries if delivery.stream == self.keys.plans]
-            symbols = [symbol for symbol in begun if symbol is not None]
-            if not self.policy.credentials:
-                self._decide_at_once(symbols)
-            for symbol in symbols:
-                self._begin(self._decide_symbol(symbol), 0)
-            if results:
-                self._begin(self._settle_results(results), len(results))
-            if not self.policy.credentials:
-                continue
-            for _ in range(GIVE_WAY if deliveries else 0):
+            for _ in range(GIVE_WAY if deliveries and self.policy.credentials else 0):
                 await asyncio.sleep(0)
+
+    def _take(self, deliveries: list[Delivery]) -> None:
+        """Decide what can be decided at once, and have the rest wait its turn."""
+        results = [d for d in deliveries if d.stream == self.keys.results]
+        begun = [self._enqueue(delivery) for delivery in deliveries if delivery.stream == self.keys.plans]
+        symbols = [symbol for symbol in begun if symbol is not None]
+        if not self.policy.credentials:
+            self._decide_at_once(symbols)
+        for symbol in symbols:
+            self._begin(self._decide_symbol(symbol), 0)
+        if results:
+            self._begin(self._settle_results(results), len(results))
 
     async def _tell_lost(self, lost: Lost) -> None:
         """Plans that were trimmed unread become an event before anything behind them is read."""

@@ -88,8 +88,7 @@ class Running:
         return Delivery(KEYS.plans, f"{now() // 1000}-{self._sequence}", fields)
 
     def deliver(self, *deliveries: Delivery) -> None:
-        for delivery in deliveries:
-            self.governor._enqueue(delivery)
+        self.governor._take(list(deliveries))
 
     async def settled(self, *symbols: str) -> None:
         while any(symbol in self.governor._queues for symbol in symbols or self.governor._queues):

@@ -56,6 +56,23 @@ async def test_what_cannot_be_sent_waits_for_no_answer(server: RedisServer) -> N
         assert await wire.ask("ECHO", "mine") == b"mine"
 
 
+async def test_what_is_made_of_an_answer_is_made_before_any_task_hears_of_it(server: RedisServer) -> None:
+    async with client(server) as one:
+        wire = Wire(one, text=True)
+        made: list[str] = []
+
+        def make(reply: str) -> int:
+            asyncio.get_running_loop().call_soon(made.append, "later")
+            made.append(reply)
+            return len(reply)
+
+        assert await wire.ask("ECHO", "four", then=make) == 4
+        assert made[0] == "four"
+        with pytest.raises(TypeError):
+            await wire.ask("ECHO", "four", then=lambda reply: reply + 1)
+        assert await wire.ask("ECHO", b"a\xff") == r"a\xff"
+
+
 async def test_a_command_that_is_given_up_ends_the_connection_and_leaves_no_answer(server: RedisServer) -> None:
     async with client(server) as one:
         wire = Wire(one)
