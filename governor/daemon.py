@@ -30,6 +30,7 @@ from governor.history import Keeper
 from governor.http import Answer, HttpServer
 from governor.lease import Lease, new_owner
 from governor.logs import Logger
+from governor.lookout import Lookout
 from governor.metrics import Metrics
 from governor.notify import Notifier
 from governor.service import VERSION, Governor
@@ -116,6 +117,7 @@ async def serve(settings: Settings) -> None:
         actuator=actuator_of(settings),
         note=notes_of(settings)[0],
         more_notes=notes_of(settings)[1:],
+        lookout=Lookout([settings.apply_config_path, *(note.path for note in notes_of(settings))]),
         notifier=notifier,
         clock=now,
         metrics=metrics,
@@ -157,8 +159,8 @@ async def serve(settings: Settings) -> None:
             raise error
         log.info("stopped", seq=ledger.state.seq)
     finally:
-        keeper.close()
-        http.close()
+        for close in (keeper.close, governor.outside.close, http.close):
+            close()
         if exchange is not None:
             await exchange.aclose()
         await _release(lease)

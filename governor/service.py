@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import time
 from collections import deque
@@ -38,9 +37,11 @@ from governor.history import QuarantineError
 from governor.lease import Lease
 from governor.ledger import Ledger, Outcome, Proposal
 from governor.logs import Logger
+from governor.lookout import Lookout
 from governor.market import Market
 from governor.metrics import Metrics, Snapshot, disarm_label, snapshot_symbols
 from governor.notify import Notifier
+from governor.outside import Outside
 from governor.plans import MalformedPlanError, Plan, entry_time, parse_plan
 from governor.results import parse_result
 from governor.settings import Settings
@@ -104,6 +105,7 @@ class Governor:
         actuator: Hand,
         note: PendingNote,
         more_notes: Sequence[PendingNote] = (),
+        lookout: Lookout | None = None,
         notifier: Notifier,
         clock: Callable[[], int],
         metrics: Metrics | None = None,
@@ -127,7 +129,7 @@ class Governor:
             intake.on_lost = self._tell_lost
         self.exchange = exchange
         self.actuator = actuator
-        self.notes = (note, *more_notes)
+        self.outside = Outside(actuator, (note, *more_notes), lookout)
         self._kept: set[tuple[Path, int]] = set()
         """Notes that could not be removed, by path and time: not tried again, and no harm once they are told."""
         self.notifier = notifier
@@ -176,6 +178,7 @@ class Governor:
             await accept()
         async with asyncio.TaskGroup() as group:
             self._tasks.add(group.create_task(self.ledger.run()))
+            self._tasks.add(group.create_task(self.outside.run()))
             if self.exchange is not None:
                 await self.exchange.warm_up()
                 self._tasks.add(group.create_task(self.exchange.keep_alive()))
@@ -448,22 +451,16 @@ class Governor:
 
     def _situation(self, now: int) -> Situation:
         if self._around is None:  # looked at once for all that is decided in one go, which waits for nothing
-            halt = self.ledger.halted or any(map(self._untold, self.notes))
+            seen = self.outside.now()
+            halt = self.ledger.halted or any(note.timestamp_us not in self.ledger.state.noted for note in seen.notes)
             history = self.ledger.keeper.verdict if self.ledger.keeper is not None else "whole"
-            self._around = (self.actuator.apply_mode(), halt, history)
+            self._around = (seen.apply_mode, halt, history)
             asyncio.get_running_loop().call_soon(self._look_again)
         apply_mode, halt, history = self._around
         return Situation(now=now, apply_mode=apply_mode, halt=halt, history=history)
 
     def _look_again(self) -> None:
         self._around = None
-
-    def _untold(self, note: PendingNote) -> bool:
-        """Whether somebody disarmed and it is no event yet."""
-        if not os.path.lexists(note.path):
-            return False
-        pending = note.read_pending()
-        return pending is not None and pending.timestamp_us not in self.ledger.state.noted
 
     def _propose(
         self,
@@ -563,7 +560,7 @@ class Governor:
             if state is None:
                 await self.ledger.submit(lambda state, _now: Proposal(writes=[views.state_write(state, self.keys)]))
         self._sweeps += 1
-        for note in self.notes:
+        for note in self.outside.notes:
             await self._take_note(note)
         await self._look_for_drift()
         self._tell_anchor()

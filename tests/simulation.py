@@ -61,7 +61,7 @@ from events.types import (
     Rearmed,
     UnpermittedExecution,
 )
-from governor import by_hand, disarming, ledger, rearming, service
+from governor import by_hand, disarming, ledger, outside, rearming, service
 from governor.actuator import ActuatorError, Pending, Proof
 from governor.ledger import Ledger
 from governor.market import Market
@@ -1876,7 +1876,8 @@ def run(seed: int, *, steps: int = STEPS, extra: Sequence[str] = (), trace: bool
     with replaced(
         (service, "log", log),
         (service, "time", clock),
-        (service, "os", SimpleNamespace(path=host)),
+        (outside, "log", log),
+        (outside, "os", SimpleNamespace(path=host)),
         (service, "socket", SimpleNamespace(gethostname=lambda: "host")),
         (service, "SWEEP_S", sizes["sweep"]),
         (service, "WAITING_MOST", sizes["waiting"]),

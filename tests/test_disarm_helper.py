@@ -976,7 +976,7 @@ def leave(path: Path, at: int, *, proof: bool = True) -> None:
 async def test_a_note_that_cannot_be_removed_is_told_once_and_does_no_harm(tmp_path: Path) -> None:
     async with running(tmp_path) as one:
         stuck = StuckNote.at(tmp_path / "note")
-        one.governor.notes = (PendingNote(tmp_path / "apply-layer.env"), stuck)
+        one.governor.outside.notes = (PendingNote(tmp_path / "apply-layer.env"), stuck)
         leave(stuck.path, 1_000)
         one.deliver(one.plan("halted", "BTCUSDT", "UPDATE_SL"))
         await one.settled()
@@ -1009,7 +1009,7 @@ def rearmed(epoch: int) -> Rearmed:
 async def test_two_notes_are_both_told_and_what_may_be_removed_is(tmp_path: Path) -> None:
     async with running(tmp_path) as one:
         stuck, own = StuckNote.at(tmp_path / "note"), PendingNote.at(tmp_path / "own")
-        one.governor.notes = (own, stuck)
+        one.governor.outside.notes = (own, stuck)
         leave(own.path, 1_000)
         leave(stuck.path, 2_000)
         await one.governor._sweep()
@@ -1023,7 +1023,7 @@ async def test_a_note_that_stays_is_told_after_a_disarm_that_is_under_way(
     """Else a governor that starts after the re-arm would take it for news."""
     async with running(tmp_path) as one:
         stuck = StuckNote.at(tmp_path / "note")
-        one.governor.notes = (stuck,)
+        one.governor.outside.notes = (stuck,)
         started = DisarmStarted(reason="burst_limit_breach", context={}, epoch=2, manual=False)
         await one.ledger.submit(lambda _state, _now: Proposal([started]))
         leave(stuck.path, 1_000)
