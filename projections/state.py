@@ -8,11 +8,10 @@ clock did is folded at the latest time seen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import copy
 from decimal import Decimal
-from itertools import islice, takewhile
-from typing import Any, TypeVar, assert_never
+from typing import Any, assert_never
 
 import msgspec
 
@@ -59,7 +58,6 @@ ARMED, THROTTLED, DISARMED = "ARMED", "THROTTLED", "DISARMED"
 _PRUNE_EVERY = 1024
 NOTES_KEPT = 16
 _CANONICAL = msgspec.json.Encoder(decimal_format="number", order="sorted")
-V = TypeVar("V")
 
 
 class GapError(Exception):
@@ -397,16 +395,11 @@ def _disarm_changed(state: State, epoch: int, **changes: Any) -> None:
 
 def prune(state: State) -> None:
     """Forget what nothing can ask for any more. Never changes an answer, nor the digest."""
-    _drop_while(state.plans, lambda plan: not _remembered(plan, state.time))
-    _drop_while(state.books, lambda book: _live(book, state.time) == _EMPTY)
-    for table in (state.entries, state.results):
-        for key, _ in list(islice(table.items(), max(0, len(table) - ENTRIES_KEPT))):
-            table.discard(key)
-
-
-def _drop_while(table: Table[str, V], old: Callable[[V], bool]) -> None:
-    for key, _ in list(takewhile(lambda pair: old(pair[1]), table.items())):
-        table.discard(key)
+    time = state.time
+    state.plans.drop_while(lambda plan: not _remembered(plan, time))
+    state.books.drop_while(lambda book: _live(book, time) == _EMPTY)
+    state.entries.keep(ENTRIES_KEPT)
+    state.results.keep(ENTRIES_KEPT)
 
 
 def _live(book: Book, time: int) -> Book:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar, cast
 
 K = TypeVar("K")
@@ -54,6 +55,21 @@ class Table(Generic[K, V]):
             self._own.pop(key, None)
         else:
             self._own[key] = None
+
+    def drop_while(self, old: Callable[[V], bool]) -> None:
+        """Discard the oldest pairs, up to the first whose value is not `old`. Not of a fork."""
+        gone = []
+        for key, value in self._own.items():
+            if not old(cast("V", value)):
+                break
+            gone.append(key)
+        for key in gone:
+            del self._own[key]
+
+    def keep(self, count: int) -> None:
+        """Discard the oldest pairs beyond so many. Not of a fork."""
+        for key in list(islice(self._own, max(0, len(self._own) - count))):
+            del self._own[key]
 
     def items(self) -> Iterator[tuple[K, V]]:
         """All pairs, oldest first."""

@@ -229,6 +229,21 @@ def test_a_written_key_keeps_its_place_and_a_renewed_one_is_the_newest() -> None
     assert [key for key, _ in fork.items()] == ["c", "a", "b"]
 
 
+def test_the_oldest_are_dropped_up_to_the_first_that_is_not_old() -> None:
+    table = Table.of({"a": 1, "b": 2, "c": 9, "d": 3})
+    table.drop_while(lambda value: value < 5)
+    assert list(table.items()) == [("c", 9), ("d", 3)]
+    table.drop_while(lambda _: True)
+    assert len(table) == 0
+
+
+def test_the_newest_are_kept() -> None:
+    table = Table.of({"a": 1, "b": 2, "c": 3})
+    for count, kept in ((4, "abc"), (3, "abc"), (1, "c"), (0, "")):
+        table.keep(count)
+        assert "".join(key for key, _ in table.items()) == kept
+
+
 def test_discarding_what_is_not_there_does_nothing() -> None:
     table: Table[str, int] = Table()
     table.discard("a")
