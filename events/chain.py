@@ -42,14 +42,14 @@ def verify(entries: Iterable[Entry], *, after: Head = GENESIS, key: bytes | None
     """
     last, previous = after
     for entry in entries:
-        name, seq, timestamp, data, digest = entry
+        seq = entry.seq
         if seq != last + 1:
             raise ChainError(seq, f"follows event {last}, expected {last + 1}")
         if key is None:  # `link`, in place: this runs for every event that is read
-            found = sha256(f"{previous}\n{name}\n{seq}\n{timestamp}\n".encode() + data).hexdigest()
+            found = sha256(f"{previous}\n{entry.name}\n{seq}\n{entry.timestamp}\n".encode() + entry.data).hexdigest()
         else:
-            found = link(previous, name, seq, timestamp, data, key=key)
-        if found != digest:
+            found = link(previous, entry.name, seq, entry.timestamp, entry.data, key=key)
+        if found != entry.hash:
             raise ChainError(seq, "its hash does not cover what is stored and the hash before it")
-        last, previous = seq, digest
+        last, previous = seq, found
         yield entry

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -60,8 +59,6 @@ FOLDED: Decoders = _DECODERS | {cls.NAME: msgspec.json.Decoder(cls) for cls in (
 their defaults; reading them takes half of the time of a start."""
 _OBJECT = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 _SECOND = 1_000_000
-_recorded: Callable[[tuple[int, int, Event, str]], Recorded] = partial(tuple.__new__, Recorded)
-"""A named tuple's own constructor is a Python function; this one runs for every event that is read."""
 
 
 class CodecError(ValueError):
@@ -145,20 +142,19 @@ def decode(entry: Entry, decoders: Decoders = WHOLE) -> Recorded:
     Raises:
         CodecError: see there; the message names the event and the problem.
     """
-    name, seq, timestamp, data, digest = entry
-    decoder = decoders.get(name)
+    decoder = decoders.get(entry.name)
     if decoder is None:
-        raise CodecError(f"event {seq}: unknown event {name!r}")
+        raise CodecError(f"event {entry.seq}: unknown event {entry.name!r}")
     try:
-        event = decoder.decode(data)
+        event = decoder.decode(entry.data)
         if event.v != event.VERSION:
-            event = _upcast(BY_NAME[name], entry)
+            event = _upcast(BY_NAME[entry.name], entry)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        event = _upcast(BY_NAME[name], entry, error)
+        event = _upcast(BY_NAME[entry.name], entry, error)
     try:
-        return _recorded((seq, microseconds(timestamp), event, digest))
+        return Recorded(entry.seq, microseconds(entry.timestamp), event, entry.hash)
     except CodecError as problem:
-        raise CodecError(f"event {seq}: {name} cannot be read: {problem}") from None
+        raise CodecError(f"event {entry.seq}: {entry.name} cannot be read: {problem}") from None
 
 
 def _upcast(cls: type[Event], entry: Entry, error: Exception | None = None) -> Event:

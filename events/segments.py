@@ -147,7 +147,9 @@ def _entry(stored: _Stored) -> Entry:
 
 def intent_record(intent: Intent) -> Record:
     """A commit about to be made, of events just encoded: their data needs no look to be known for JSON."""
-    entries = [_Stored(*entry[:3], msgspec.Raw(entry.data), entry.hash) for entry in intent.entries]
+    entries = [
+        _Stored(each.name, each.seq, each.timestamp, msgspec.Raw(each.data), each.hash) for each in intent.entries
+    ]
     payload = _ENCODE(_StoredIntent(intent.expected, intent.server, entries))
     return Record("I", _line("I", payload), intent.expected)
 

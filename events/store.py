@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -189,8 +188,6 @@ class EventStore(Protocol):
 
 FIELDS = 5
 """Of every entry; some carry more, see `events.codec.plain_fields`."""
-_entry: Callable[[tuple[str, int, str, bytes, str]], Entry] = partial(tuple.__new__, Entry)
-"""As `events.codec` makes its own: this runs for every event that is read."""
 _IN_ORDER = [b"event", b"seq", b"timestamp", b"data", b"hash"]
 """As a commit writes them."""
 
@@ -363,7 +360,7 @@ class RedisStore:
         )
         words += [int(require.present) for require in requires]
         for entry in commit.entries:
-            words += entry
+            words += (entry.name, entry.seq, entry.timestamp, entry.data, entry.hash)
             further = plain_fields(entry)
             words.append(2 * len(further))
             for pair in further:
@@ -413,7 +410,7 @@ def _entries(reply: Any) -> list[Entry]:
     for entry_id, fields in reply:
         try:
             if type(fields) is list and len(fields) == 2 * FIELDS and fields[::2] == _IN_ORDER:
-                entry = _entry((fields[1].decode(), int(fields[3]), fields[5].decode(), fields[7], fields[9].decode()))
+                entry = Entry(fields[1].decode(), int(fields[3]), fields[5].decode(), fields[7], fields[9].decode())
             else:
                 entry = _entry_with_more(
                     dict(zip(fields[::2], fields[1::2], strict=True)) if type(fields) is list else fields

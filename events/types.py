@@ -354,7 +354,7 @@ class Head(NamedTuple):
     hash: str
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """An event as stored: exactly the bytes the chain covers."""
 
     name: str
@@ -371,7 +371,7 @@ class Entry(NamedTuple):
         return Head(self.seq, self.hash)
 
 
-class Recorded(NamedTuple):
+class Recorded(msgspec.Struct, frozen=True, gc=False):
     """An event as read: decoded, with its place in the stream."""
 
     seq: int

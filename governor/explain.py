@@ -92,7 +92,7 @@ class Explainer:
 
     def feed(self, recorded: Recorded) -> None:
         """The next event. Where earlier ones are missing, it cannot be told when a check would have passed."""
-        seq, _, event, _ = recorded
+        seq, event = recorded.seq, recorded.event
         if concerns(event, self.plan_id):
             self._mine.append(recorded)
             self._take(recorded)
@@ -136,9 +136,9 @@ class Explainer:
 
     def _of(self, kind: type[Event]) -> list[dict[str, Any]]:
         return [
-            {"seq": seq, "at": at / 1e6} | msgspec.structs.asdict(event)
-            for seq, at, event, _ in self._mine
-            if isinstance(event, kind)
+            {"seq": recorded.seq, "at": recorded.at / 1e6} | msgspec.structs.asdict(recorded.event)
+            for recorded in self._mine
+            if isinstance(recorded.event, kind)
         ]
 
     def _fold(self, recorded: Recorded) -> None:
@@ -150,7 +150,7 @@ class Explainer:
             self._state = None
 
     def _take(self, recorded: Recorded) -> None:
-        seq, at, event, _ = recorded
+        seq, at, event = recorded.seq, recorded.at, recorded.event
         permit = next((life["permit"] for life in reversed(self._lives) if life["permit"]), None)
         match event:
             case PlanReceived():
@@ -178,7 +178,7 @@ class Explainer:
             permit["told"] = permit_told(permit)
 
     def _decision(self, recorded: Recorded, event: Decision) -> None:
-        seq, at, _, _ = recorded
+        seq, at = recorded.seq, recorded.at
         # After the first decision the state is no longer followed, and it was of another day: a plan_id is forgotten
         # after 25 hours and can then be decided again.
         state = None if self._lives or (self._state is not None and self._state.seq != seq - 1) else self._state
@@ -257,7 +257,7 @@ def _follows(event: Event) -> bool:
 
 
 def _plan(recorded: Recorded) -> dict[str, Any]:
-    seq, at, event, _ = recorded
+    seq, at, event = recorded.seq, recorded.at, recorded.event
     assert isinstance(event, PlanReceived)
     written = entry_time(event.entry_id)
     return {"received_at": at / 1e6, "written_at": written / 1e6, "seq": seq} | {
@@ -293,7 +293,7 @@ def _disarm(recorded: Recorded | None, *, after: int) -> dict[str, Any] | None:
 
 
 def _plain(recorded: Recorded) -> dict[str, Any]:
-    seq, at, event, _ = recorded
+    seq, at, event = recorded.seq, recorded.at, recorded.event
     return {"seq": seq, "timestamp": at / 1e6, "event": event.NAME, "data": msgspec.structs.asdict(event)}
 
 

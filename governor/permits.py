@@ -55,11 +55,12 @@ def block(reason: str, *, at: int, symbol: str | None) -> bytes:
 def writes(recorded: Iterable[Recorded], keys: Keys) -> list[Write]:
     """Permits and block records that these events write and delete, in order."""
     found: list[Write] = []
-    for seq, at, event, _ in recorded:
+    for each in recorded:
+        at, event = each.at, each.event
         match event:
             case Decision(verdict="EXECUTE"):
                 ttl_ms = ((event.expires_us or at) - at) // 1000
-                found.append(Write("set", keys.permit(event.plan_id), (permit(event, at=at, seq=seq),), ttl_ms))
+                found.append(Write("set", keys.permit(event.plan_id), (permit(event, at=at, seq=each.seq),), ttl_ms))
                 found.append(Write("del", keys.block(event.plan_id)))
             case Decision(verdict="BLOCK"):
                 record = block(event.reason or "", at=at, symbol=event.symbol)

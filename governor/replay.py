@@ -430,7 +430,8 @@ def compare(recorded: Sequence[Recorded], computed: Sequence[Event]) -> tuple[li
         The differences, and how many recorded events they cover: at least one.
     """
     found: list[Difference] = []
-    for index, (seq, _, was, _) in enumerate(recorded):
+    for index, each in enumerate(recorded):
+        seq, was = each.seq, each.event
         now = computed[index] if index < len(computed) else None
         plan_id = getattr(was, "plan_id", None)
         if now is None or type(was) is not type(now):

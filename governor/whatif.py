@@ -421,7 +421,7 @@ class WhatIf:
             events, now, assumed = (plan, was), was, None
         elif mode != was.apply_mode and now.verdict != "SKIP":
             self._assumptions["apply_mode"] += 1
-        self._happen(events, received._replace(seq=recorded.seq))
+        self._happen(events, msgspec.structs.replace(received, seq=recorded.seq))
         self._record.fold(received)
         self._record.fold(recorded)
         if now.verdict == "EXECUTE" and was.verdict != "EXECUTE":

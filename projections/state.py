@@ -221,10 +221,10 @@ def evolve(state: State, recorded: Recorded) -> State:  # noqa: C901, PLR0912, P
     Raises:
         GapError: the event is not the next one.
     """
-    seq, at, event, digest = recorded
+    seq, at, event = recorded.seq, recorded.at, recorded.event
     if seq != state.seq + 1:
         raise GapError(state.seq + 1, seq)
-    state.seq, state.hash = seq, digest
+    state.seq, state.hash = seq, recorded.hash
     if at > state.time:  # noqa: PLR1730 - `max` takes four times as long, and this runs for every event
         state.time = at
     time = state.time

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis
+from msgspec.structs import replace
 
 from events.files import line_of, open_file, write
 from events.types import Entry
@@ -56,15 +57,15 @@ def lines(path: Path, body: list[bytes]) -> None:
 def flipped(entry: Entry) -> Entry:
     """One digit of its data is another one."""
     at = next(i for i, byte in enumerate(entry.data) if chr(byte).isdigit() and i > 4)
-    return entry._replace(data=entry.data[:at] + bytes([entry.data[at] ^ 1]) + entry.data[at + 1 :])
+    return replace(entry, data=entry.data[:at] + bytes([entry.data[at] ^ 1]) + entry.data[at + 1 :])
 
 
 Touch = Callable[[list[Entry]], list[Entry]]
 TOUCHED: dict[str, tuple[Touch, int | None]] = {
     "a byte is flipped": (lambda e: [*e[:29], flipped(e[29]), *e[30:]], 30),
-    "a hash is another one": (lambda e: [*e[:29], e[29]._replace(hash="0" * 64), *e[30:]], 30),
-    "a time is another one": (lambda e: [*e[:29], e[29]._replace(timestamp=e[28].timestamp + "1"), *e[30:]], 30),
-    "a name is another one": (lambda e: [*e[:29], e[29]._replace(name="RECOVERED"), *e[30:]], 30),
+    "a hash is another one": (lambda e: [*e[:29], replace(e[29], hash="0" * 64), *e[30:]], 30),
+    "a time is another one": (lambda e: [*e[:29], replace(e[29], timestamp=e[28].timestamp + "1"), *e[30:]], 30),
+    "a name is another one": (lambda e: [*e[:29], replace(e[29], name="RECOVERED"), *e[30:]], 30),
     "two are swapped": (lambda e: [*e[:29], e[30], e[29], *e[31:]], 31),
     "one is dropped": (lambda e: [*e[:29], *e[30:]], 31),
     "two are dropped": (lambda e: [*e[:29], *e[31:]], 32),
@@ -316,7 +317,7 @@ def test_a_stream_that_went_on_is_kept_and_two_histories_are_never_made_one(
     assert here.json("rebuild", "--from", str(path))["events_restored"] == 0
     assert client.xlen(STREAM) == LAST
     client.delete(STREAM)
-    fill(client, [*MADE()[:19], MADE()[19]._replace(hash="f" * 64)])
+    fill(client, [*MADE()[:19], replace(MADE()[19], hash="f" * 64)])
     refused = here.command("rebuild", "--from", str(path))
     assert refused.returncode == 1
     assert "two histories" in refused.stderr

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from events.chain import GENESIS, ChainError, link, verify
 from events.codec import encode_all
@@ -75,14 +76,14 @@ def test_a_history_as_it_was_written_passes_whole(key: bytes | None) -> None:
 )
 def test_a_changed_entry_breaks_the_chain_where_it_stands(change: dict[str, object]) -> None:
     entries = history()
-    entries[2] = entries[2]._replace(**change)  # type: ignore[arg-type]
+    entries[2] = replace(entries[2], **change)
     assert broken_at(entries) == (3, [1, 2])
 
 
 def test_an_entry_changed_together_with_its_hash_breaks_the_chain_after_it() -> None:
     entries = history()
     forged = link(entries[1].hash, entries[2].name, 3, entries[2].timestamp, b"{}")
-    entries[2] = entries[2]._replace(data=b"{}", hash=forged)
+    entries[2] = replace(entries[2], data=b"{}", hash=forged)
     assert broken_at(entries) == (4, [1, 2, 3])
 
 
@@ -94,7 +95,7 @@ def test_a_missing_repeated_or_displaced_entry_breaks_the_chain(order: tuple[int
 
 def test_an_entry_with_another_number_breaks_the_chain() -> None:
     entries = history()
-    entries[2] = entries[2]._replace(seq=9)
+    entries[2] = replace(entries[2], seq=9)
     assert broken_at(entries) == (9, [1, 2])
 
 

@@ -36,6 +36,7 @@ from events.types import (
     PlanReceived,
     PlanRejected,
     Rearmed,
+    Recorded,
     Recovered,
     SettingsLoaded,
     Throttled,
@@ -170,7 +171,7 @@ def stored(name: str, data: object, *, seq: int = 7, timestamp: str = "1.000000"
 @pytest.mark.parametrize("event", EXAMPLES, ids=lambda event: event.NAME)
 def test_an_event_is_read_back_as_it_was_written(event: Event) -> None:
     entry = encode(event, after=Head(6, "a" * 64), at=AT)
-    assert decode(entry) == (7, AT, event, entry.hash)
+    assert decode(entry) == Recorded(7, AT, event, entry.hash)
     assert json.loads(entry.data).keys() == set(WIRE[event.NAME])
 
 

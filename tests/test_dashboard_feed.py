@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import redis
+from msgspec.structs import replace
 
 from events.chain import GENESIS
 from events.codec import decode, dumps, encode
@@ -227,7 +228,7 @@ async def test_a_broken_chain_is_shown_as_such_with_the_last_state_that_held(
     append(client, entries[:-1])
     async with following(flushed) as feed:
         await until(lambda: at_event(feed, len(entries) - 1))
-        append(client, [entries[-1]._replace(hash="0" * 64)])
+        append(client, [replace(entries[-1], hash="0" * 64)])
         await until(lambda: feed.error is not None)
         told = feed.health()
         assert (told["reachable"], told["trusted"]) == (True, False)

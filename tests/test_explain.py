@@ -52,10 +52,7 @@ class Told(Spec):
         return lines(self.told(plan_id))
 
     def entries(self) -> list[Entry]:
-        found: list[Entry] = []
-        for seq, at, event, _ in self.recorded:
-            found.append(encode(event, after=Head(seq - 1, "0" * 64), at=at))
-        return found
+        return [encode(it.event, after=Head(it.seq - 1, "0" * 64), at=it.at) for it in self.recorded]
 
 
 def limited(**limits: Any) -> Told:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 import structlog.testing
+from msgspec.structs import replace
 
 from events import codec
 from events.chain import GENESIS, link, verify
@@ -775,7 +776,7 @@ async def test_a_history_whose_front_is_gone_goes_on_but_cannot_be_read_anew() -
 async def test_an_entry_that_was_changed_is_noticed_at_the_start(changed: dict[str, Any]) -> None:
     store = Flaky()
     await (await opened(store)).propose(say(*[error("x")] * 3))
-    store.entries[1] = store.entries[1]._replace(**changed)
+    store.entries[1] = replace(store.entries[1], **changed)
     with pytest.raises(HistoryError, match="event"):
         await opened(store)
 
@@ -783,9 +784,9 @@ async def test_an_entry_that_was_changed_is_noticed_at_the_start(changed: dict[s
 async def test_an_event_this_program_does_not_know_is_noticed_at_the_start() -> None:
     store = Flaky()
     await (await opened(store)).propose(say(error("x")))
-    entry = store.entries[0]._replace(name="FROM_THE_FUTURE")
+    entry = replace(store.entries[0], name="FROM_THE_FUTURE")
     digest_of = link(GENESIS.hash, entry.name, 1, entry.timestamp, entry.data)
-    store.entries[0] = entry._replace(hash=digest_of)
+    store.entries[0] = replace(entry, hash=digest_of)
     with pytest.raises(HistoryError, match="unknown event 'FROM_THE_FUTURE'"):
         await opened(store)
 

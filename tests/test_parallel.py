@@ -64,7 +64,7 @@ def turned(event: Event) -> Event:
 
 
 def flipped(entry: Entry) -> Entry:
-    return entry._replace(data=bytes([entry.data[0] ^ 1]) + entry.data[1:])
+    return msgspec.structs.replace(entry, data=bytes([entry.data[0] ^ 1]) + entry.data[1:])
 
 
 def test_a_whole_history_cut_anywhere_is_audited_as_one() -> None:
@@ -201,7 +201,9 @@ def test_a_keyed_history_needs_its_key_in_both(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     head, entries = chain.GENESIS, []
     for entry in MADE():
-        entries.append(entry._replace(hash=chain.link(head.hash, *entry[:4], key=b"k")))
+        entries.append(
+            msgspec.structs.replace(entry, hash=chain.link(head.hash, *msgspec.structs.astuple(entry)[:4], key=b"k"))
+        )
         head = Head(entry.seq, entries[-1].hash)
     write(path, entries, key=b"k")
     one, two = both(Source(settings(GOV_AUDIT_KEY="k"), [path]))

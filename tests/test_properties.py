@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
 
 from events import codec
 from events.chain import GENESIS, ChainError, verify
@@ -870,7 +871,7 @@ def test_any_history_forms_a_chain_that_breaks_wherever_it_is_changed(
     at = data.draw(st.integers(0, len(entries) - 1))
     changed = data.draw(st.sampled_from(["name", "timestamp", "data"]))
     other: dict[str, Any] = {"name": "OTHER", "timestamp": "0.000000", "data": entries[at].data + b" "}
-    entries[at] = entries[at]._replace(**{changed: other[changed]})
+    entries[at] = replace(entries[at], **{changed: other[changed]})
     with pytest.raises(ChainError) as broken:
         list(verify(entries))
     assert broken.value.seq == at + 1

@@ -98,7 +98,7 @@ def test_other_settings_than_those_in_force_are_found() -> None:
 def test_a_flipped_byte_is_located(seq: int) -> None:
     entries, policies = history()
     entry = entries[seq - 1]
-    entries[seq - 1] = entry._replace(data=bytes([entry.data[0] ^ 1]) + entry.data[1:])
+    entries[seq - 1] = msgspec.structs.replace(entry, data=bytes([entry.data[0] ^ 1]) + entry.data[1:])
     found = audit(entries, policies)
     assert isinstance(found.chain, dict)
     assert found.chain["broken_at"] == seq

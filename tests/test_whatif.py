@@ -560,7 +560,9 @@ def test_a_plan_that_cannot_be_decided_again_is_taken_as_recorded_and_said_so() 
     past = Past().plans("p1")
     received = past.events[1].event
     assert isinstance(received, PlanReceived)
-    past.events[1] = past.events[1]._replace(event=msgspec.structs.replace(received, fields={"plan_id": "p1"}))
+    past.events[1] = msgspec.structs.replace(
+        past.events[1], event=msgspec.structs.replace(received, fields={"plan_id": "p1"})
+    )
     it = asked(past, GOV_MAX_EXEC_PER_HOUR="0")
     outcome = it.finish()
     assert (outcome.differences, assumed(outcome)) == ((), {"taken_as_recorded": 1})
@@ -590,7 +592,7 @@ def test_a_history_that_stops_between_a_plan_and_its_decision_is_no_difference()
 def test_a_plan_whose_decision_was_left_out_is_no_difference_and_the_rest_is_still_decided() -> None:
     past = Past().plans("p1", "p2", every=6 * MINUTE)
     received = past.events[1]
-    events = [*past.events[:2], *(each._replace(seq=each.seq - 1) for each in past.events[3:])]
+    events = [*past.events[:2], *(msgspec.structs.replace(each, seq=each.seq - 1) for each in past.events[3:])]
     it = WhatIf({"GOV_MAX_EXEC_PER_HOUR": "0"})
     it.feed(events)
     outcome = it.finish()

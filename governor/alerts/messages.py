@@ -124,7 +124,7 @@ _REARM = '`governor status`, find the cause; then `governor rearm --reason "…"
 
 def of_event(recorded: Recorded, state: State, place: Place) -> Alert | None:  # noqa: PLR0911 - one case an event
     """What to tell of an event; `state` is the one after it. None: nothing."""
-    seq, at, event, _ = recorded
+    seq, at, event = recorded.seq, recorded.at, recorded.event
     match event:
         case DisarmStarted():
             return _disarm_started(event, place, at, seq)

@@ -109,7 +109,7 @@ class Day:
 
 def row_of(recorded: Recorded, event: Decision | PlanRejected) -> dict[str, Any]:
     """A plan as a row, as plain JSON values; decimals stay decimals, times are unix seconds."""
-    seq, at, _, _ = recorded
+    seq, at = recorded.seq, recorded.at
     latency = _latency(recorded)
     if isinstance(event, PlanRejected):
         found: dict[str, Any] = dict.fromkeys(("action", "qty", "notional", "price", "apply_mode", "permit"))

@@ -206,9 +206,15 @@ def load(server: RedisServer, events: int, seed: int) -> int:
     with server.client() as connection:
         for page in written(events, seed=seed):
             pipe = connection.pipeline(transaction=False)
-            for name, seq, timestamp, data, digest in page:
-                fields = {"event": name, "seq": seq, "timestamp": timestamp, "data": data, "hash": digest}
-                pipe.xadd(KEYS.events, fields, id=f"{seq}-0")  # type: ignore[arg-type]
+            for entry in page:
+                fields = {
+                    "event": entry.name,
+                    "seq": entry.seq,
+                    "timestamp": entry.timestamp,
+                    "data": entry.data,
+                    "hash": entry.hash,
+                }
+                pipe.xadd(KEYS.events, fields, id=f"{entry.seq}-0")  # type: ignore[arg-type]
             pipe.execute()
             count += len(page)
     return count

@@ -323,9 +323,15 @@ def seed(server: RedisServer, events: int, symbols: Sequence[str]) -> int:
     with server.client(decode_responses=False) as connection:
         while page := list(islice(entries, 2000)):
             pipe = connection.pipeline(transaction=False)
-            for name, seq, timestamp, data, digest in page:
-                fields = {"event": name, "seq": seq, "timestamp": timestamp, "data": data, "hash": digest}
-                pipe.xadd(KEYS.events, cast("Any", fields), id=f"{seq}-0")
+            for entry in page:
+                fields = {
+                    "event": entry.name,
+                    "seq": entry.seq,
+                    "timestamp": entry.timestamp,
+                    "data": entry.data,
+                    "hash": entry.hash,
+                }
+                pipe.xadd(KEYS.events, cast("Any", fields), id=f"{entry.seq}-0")
             pipe.execute()
             last = page[-1].seq
     return last

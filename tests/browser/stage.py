@@ -14,6 +14,7 @@ from random import Random
 from typing import Any, Self
 
 import redis
+from msgspec.structs import asdict
 
 from governor import decider
 from governor.gate import PermitDenied, PermitGate
@@ -63,7 +64,7 @@ def yesterday(client: redis.Redis, *, seed: int = 4) -> None:
         # Nothing in the last minutes: whatever throttled it then is over now.
         if float(entry.timestamp) > now / SECOND - 320:
             break
-        fields: dict[Any, Any] = entry._asdict()
+        fields: dict[Any, Any] = asdict(entry)
         pipe.xadd(EVENTS, {"event": fields.pop("name"), **fields}, id=f"{entry.seq}-0")
     pipe.execute()
 
