@@ -188,8 +188,6 @@ class EventStore(Protocol):
 
 FIELDS = 5
 """Of every entry; some carry more, see `events.codec.plain_fields`."""
-_IN_ORDER = [b"event", b"seq", b"timestamp", b"data", b"hash"]
-"""As a commit writes them."""
 
 
 def entry_of(fields: dict[bytes, bytes]) -> Entry:
@@ -409,12 +407,14 @@ def _entries(reply: Any) -> list[Entry]:
     entries = []
     for entry_id, fields in reply:
         try:
-            if type(fields) is list and len(fields) == 2 * FIELDS and fields[::2] == _IN_ORDER:
-                entry = Entry(fields[1].decode(), int(fields[3]), fields[5].decode(), fields[7], fields[9].decode())
-            else:
-                entry = _entry_with_more(
-                    dict(zip(fields[::2], fields[1::2], strict=True)) if type(fields) is list else fields
-                )
+            match fields:
+                # As a commit writes them: a pattern is the quickest way to see that.
+                case [b"event", name, b"seq", seq, b"timestamp", timestamp, b"data", data, b"hash", digest]:
+                    entry = Entry(name.decode(), int(seq), timestamp.decode(), data, digest.decode())
+                case list():
+                    entry = _entry_with_more(dict(zip(fields[::2], fields[1::2], strict=True)))
+                case _:
+                    entry = _entry_with_more(fields)
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise StoreError(f"entry {entry_id!r} of the event stream is no event: {error!r}") from error
         entries.append(entry)

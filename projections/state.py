@@ -367,8 +367,7 @@ def _count(state: State, book: Book, reservation: Reservation, notional: Decimal
 
 
 def _settle(state: State, plan_id: str, permit: str) -> Reservation | None:
-    reservation = state.permits.get(plan_id)
-    state.permits.discard(plan_id)
+    reservation = state.permits.pop(plan_id)
     # A plan_id that came again after it was forgotten is another plan, whatever its old permit comes to.
     if (plan := state.plans.get(plan_id)) is not None and plan.reservation is not None:
         settled = Plan(plan.at, plan.symbol, plan.entry_id, plan.verdict, permit, plan.reservation)

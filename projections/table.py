@@ -50,11 +50,13 @@ class Table(Generic[K, V]):
             del self._own[key]
         self._own[key] = value
 
-    def discard(self, key: K) -> None:
+    def pop(self, key: K) -> V | None:
+        """Discard a key. Returns its value; None where it was not there."""
         if self._base is None:
-            self._own.pop(key, None)
-        else:
-            self._own[key] = None
+            return self._own.pop(key, None)
+        value = self.get(key)
+        self._own[key] = None
+        return value
 
     def drop_while(self, old: Callable[[V], bool]) -> None:
         """Discard the oldest pairs, up to the first whose value is not `old`. Not of a fork."""

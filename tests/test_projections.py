@@ -196,7 +196,7 @@ def test_a_fork_reads_through_and_keeps_its_writes_to_itself() -> None:
     base.set("b", 2)
     fork = base.fork()
     fork.set("a", 10)
-    fork.discard("b")
+    assert (fork.pop("b"), base.get("b")) == (2, 2)
     fork.set("c", 3)
     assert (fork.get("a"), fork.get("b"), fork.get("c"), fork.get("d")) == (10, None, 3, None)
     assert (base.get("a"), base.get("b"), base.get("c"), base.get("d")) == (1, 2, None, None)
@@ -211,7 +211,7 @@ def test_a_fork_of_a_fork_reads_through_both() -> None:
     middle = base.fork()
     middle.set("b", 2)
     top = middle.fork()
-    top.discard("a")
+    top.pop("a")
     assert list(top.items()) == [("b", 2)]
     assert list(middle.items()) == [("a", 1), ("b", 2)]
 
@@ -246,10 +246,10 @@ def test_the_newest_are_kept() -> None:
 
 def test_discarding_what_is_not_there_does_nothing() -> None:
     table: Table[str, int] = Table()
-    table.discard("a")
+    assert table.pop("a") is None
     assert len(table) == 0
     fork = table.fork()
-    fork.discard("a")
+    assert fork.pop("a") is None
     assert list(fork.items()) == []
     assert fork.get("a") is None
 
