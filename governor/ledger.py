@@ -380,11 +380,12 @@ class Ledger:
         """
         return await self.enter(*proposals, urgent=urgent)
 
-    def enter(self, *proposals: Propose, urgent: bool = False) -> asyncio.Future[Outcome]:
-        """As `submit`, without waiting: the outcome raises what that does."""
+    def enter(self, *proposals: Propose, urgent: bool = False, wake: bool = True) -> asyncio.Future[Outcome]:
+        """As `submit`, without waiting: the outcome raises what that does. `start` wakes the loop, too."""
         item = _Item(proposals, self._future())
         (self._urgent if urgent else self._queue).append(item)
-        self._waits.set()
+        if wake:
+            self._waits.set()
         return item.done
 
     def start(self) -> None:
@@ -392,6 +393,10 @@ class Ledger:
 
         The loop goes on with it, or does all of it.
         """
+        self._start()
+        self._waits.set()
+
+    def _start(self) -> None:
         keeper = self.keeper
         if self._busy or self._flight is not None or self._urgent or not self._queue:
             return

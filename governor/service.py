@@ -157,8 +157,6 @@ class Governor:
         self._disarming: asyncio.Task[None] | None = None
         self._announced = False
         self._sweeps = 0
-        self._around: tuple[str | None, bool, str] | None = None
-        """Mode in the file, brake and history, for the rest of this turn of the loop."""
         self._turned_away = False
         """Whether plans were read that could not be decided; they are pending, and read again."""
         self._anchored: int | None = None
@@ -334,14 +332,14 @@ class Governor:
     def _decide_at_once(self, symbols: Iterable[str]) -> None:
         """Send what waits for no exchange before anything else happens; their workers hear of the outcome."""
         for symbol in symbols:
-            self._begun[symbol] = self._submit(self._queues[symbol], None, None)
+            self._begun[symbol] = self._submit(self._queues[symbol], None, None, wake=False)
         self.ledger.start()
 
     def _submit(
-        self, queue: deque[Delivery], market: tuple[Market, int] | None, failed: Exception | None
+        self, queue: deque[Delivery], market: tuple[Market, int] | None, failed: Exception | None, *, wake: bool = True
     ) -> asyncio.Future[Outcome]:
-        rest = (partial(self._propose, delivery, None, None) for delivery in islice(queue, 1, RUN_MOST))
-        return self.ledger.enter(partial(self._propose, queue[0], market, failed), *rest)
+        rest = [partial(self._propose, delivery, None, None) for delivery in islice(queue, 1, RUN_MOST)]
+        return self.ledger.enter(partial(self._propose, queue[0], market, failed), *rest, wake=wake)
 
     def _begin(self, work: Any, room: int) -> None:
         self._take_room(room)
@@ -450,17 +448,10 @@ class Governor:
         return self.ledger.keeper.quarantine if self.ledger.keeper is not None else None
 
     def _situation(self, now: int) -> Situation:
-        if self._around is None:  # looked at once for all that is decided in one go, which waits for nothing
-            seen = self.outside.now()
-            halt = self.ledger.halted or any(note.timestamp_us not in self.ledger.state.noted for note in seen.notes)
-            history = self.ledger.keeper.verdict if self.ledger.keeper is not None else "whole"
-            self._around = (seen.apply_mode, halt, history)
-            asyncio.get_running_loop().call_soon(self._look_again)
-        apply_mode, halt, history = self._around
-        return Situation(now=now, apply_mode=apply_mode, halt=halt, history=history)
-
-    def _look_again(self) -> None:
-        self._around = None
+        seen, ledger = self.outside.now(), self.ledger
+        halt = ledger.halted or any(note.timestamp_us not in ledger.state.noted for note in seen.notes)
+        history = ledger.keeper.verdict if ledger.keeper is not None else "whole"
+        return Situation(now=now, apply_mode=seen.apply_mode, halt=halt, history=history)
 
     def _propose(
         self,
