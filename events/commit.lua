@@ -11,6 +11,7 @@
 --   entry:       event, seq, timestamp, data, hash, number of further strings, further field, its value …
 --   write:       set|del|list, ttl in ms (0: none), number of values, value …
 --   acknowledge: group, number of ids, id …
+-- Text that is a number becomes one by adding to it: `tonumber` is a call more.
 local KEYS, ARGV, call = KEYS, ARGV, redis.call
 local at = 7
 -- With the next so many arguments; unpack fails on some thousands.
@@ -28,9 +29,9 @@ end
 local events, halt = KEYS[1], KEYS[2]
 local expected_seq, expected_hash, grants = ARGV[1], ARGV[2], ARGV[3]
 local requirements, entries, writes, acknowledgements =
-  tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+  ARGV[4] + 0, ARGV[5] + 0, ARGV[6] + 0, ARGV[7] + 0
 
-local seq, hash = '0', string.rep('0', 64)
+local seq, hash
 local last = call('XREVRANGE', events, '+', '-', 'COUNT', 1)[1]
 if last then
   local fields = last[2]
@@ -39,16 +40,17 @@ if last then
     if field == 'seq' then seq = fields[i + 1] elseif field == 'hash' then hash = fields[i + 1] end
   end
 end
+seq, hash = seq or '0', hash or string.rep('0', 64)
 if seq ~= expected_seq or hash ~= expected_hash then return {'CONFLICT', seq, hash} end
 
 for i = 1, requirements do
-  if call('EXISTS', KEYS[2 + i]) ~= tonumber(ARGV[at + i]) then return {'REQUIREMENT', tostring(i - 1), ''} end
+  if call('EXISTS', KEYS[2 + i]) ~= ARGV[at + i] + 0 then return {'REQUIREMENT', tostring(i - 1), ''} end
 end
 at = at + requirements
 if grants ~= '0' then
   -- A commit can lie in a frozen connection; a permit must not outlive the data it was decided on.
   local time = call('TIME')
-  if tonumber(time[1]) * 1000000 + tonumber(time[2]) > tonumber(grants) then return {'LATE', '', ''} end
+  if time[1] * 1000000 + time[2] > grants + 0 then return {'LATE', '', ''} end
   if call('EXISTS', halt) == 1 then
     return {'HALTED', call('TYPE', halt).ok == 'string' and call('GET', halt) or '', ''}
   end
@@ -76,13 +78,13 @@ for _ = 1, entries do
 end
 local gone = {'OK'}
 for i = 1, writes do
-  local name, op, ttl, count = KEYS[2 + requirements + i], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
+  local name, op, ttl, count = KEYS[2 + requirements + i], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3] + 0
   at = at + 3
   if op == 'set' then
     if ttl == '0' then call('SET', name, ARGV[at + 1]) else call('SET', name, ARGV[at + 1], 'PX', ttl) end
     at = at + count
   else
-    if call('DEL', name) == 0 and op == 'del' then gone[#gone + 1] = tostring(i - 1) end
+    if call('DEL', name) == 0 and op == 'del' then gone[#gone + 1] = i - 1 end
     if op == 'list' and count > 0 then
       push_many(count, name)
       if ttl ~= '0' then call('PEXPIRE', name, ttl) end
@@ -90,7 +92,7 @@ for i = 1, writes do
   end
 end
 for i = 1, acknowledgements do
-  local group, count = ARGV[at + 1], tonumber(ARGV[at + 2])
+  local group, count = ARGV[at + 1], ARGV[at + 2] + 0
   at = at + 2
   acknowledge_many(count, KEYS[streams + i], group)
 end
