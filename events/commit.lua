@@ -9,7 +9,7 @@
 --   requirements, entries, writes, acknowledgements, then
 --   requirement: present (0|1)
 --   entry:       event, seq, timestamp, data, hash, number of further strings, further field, its value …
---   write:       set|del|list, ttl in ms (0: none), number of values, value …
+--   write:       set, ttl in ms (0: none), value | del | list, ttl, number of values, value …
 --   acknowledge: group, number of ids, id …
 -- Text that is a number becomes one by adding to it: `tonumber` is a call more.
 local KEYS, ARGV, call = KEYS, ARGV, redis.call
@@ -78,14 +78,18 @@ for _ = 1, entries do
 end
 local gone = {'OK'}
 for i = 1, writes do
-  local name, op, ttl, count = KEYS[2 + requirements + i], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3] + 0
-  at = at + 3
+  local name, op, ttl = KEYS[2 + requirements + i], ARGV[at + 1], ARGV[at + 2]
   if op == 'set' then
-    if ttl == '0' then call('SET', name, ARGV[at + 1]) else call('SET', name, ARGV[at + 1], 'PX', ttl) end
-    at = at + count
+    if ttl == '0' then call('SET', name, ARGV[at + 3]) else call('SET', name, ARGV[at + 3], 'PX', ttl) end
+    at = at + 3
+  elseif op == 'del' then
+    if call('DEL', name) == 0 then gone[#gone + 1] = i - 1 end
+    at = at + 1
   else
-    if call('DEL', name) == 0 and op == 'del' then gone[#gone + 1] = i - 1 end
-    if op == 'list' and count > 0 then
+    local count = ARGV[at + 3] + 0
+    at = at + 3
+    call('DEL', name)
+    if count > 0 then
       push_many(count, name)
       if ttl ~= '0' then call('PEXPIRE', name, ttl) end
     end

@@ -364,8 +364,13 @@ class RedisStore:
             for pair in further:
                 words += pair
         for write in writes:
-            values = write.values
-            words += (write.op, write.ttl_ms, len(values), *values)
+            match write.op:
+                case "set":
+                    words += ("set", write.ttl_ms, write.values[0])
+                case "del":
+                    words.append("del")
+                case _:
+                    words += ("list", write.ttl_ms, len(write.values), *write.values)
         for (_, group), ids in acks.items():
             words += (group, len(ids), *ids)
         return words
