@@ -470,7 +470,7 @@ class Journal:
         records = [*self._pending, *records]
         if not records:
             return
-        block = b"".join(record.line for record in records)
+        block = b"".join([record.line for record in records])
         full = self._size >= self._segment_bytes and records[0].kind in "IE"
         try:
             if self._descriptor is None or full:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -142,7 +143,6 @@ class _Draft:
             self.outcomes.append((batch[count], self._add(batch[count])))
             count += 1
         del batch[:count]
-        self.grants = permits.grants(self.written)
 
     def _add(self, item: _Item) -> Outcome:
         """Take in what an item proposes, up to one that raises or revokes a permit."""
@@ -160,6 +160,7 @@ class _Draft:
                 evolve(fork, recorded)
                 self.written.append(recorded)
                 self.revoked = self.revoked or isinstance(event, PermitRevoked)
+                self.grants = self.grants or permits.grants(event)
             self.entries += entries
             if proposal.requires:
                 self.requires += proposal.requires
@@ -606,6 +607,7 @@ class Ledger:
         try:
             # A commit is never cancelled: its outcome would be unknown for no reason.
             gone = await asyncio.shield(flight.answer)
+            os.sched_yield()  # a client woken by its permit comes before what is left here, journal and log
         except StoreError as error:
             if keeper is not None and (isinstance(error, UnsentError) or not isinstance(error, UnavailableError)):
                 keeper.refused()

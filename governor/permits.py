@@ -10,6 +10,7 @@ from events.keys import Keys
 from events.store import Write
 from events.types import (
     Decision,
+    Event,
     PermitConsumed,
     PermitExpired,
     PermitRevoked,
@@ -75,6 +76,6 @@ def writes(recorded: Iterable[Recorded], keys: Keys) -> list[Write]:
     return found
 
 
-def grants(recorded: Iterable[Recorded]) -> bool:
-    """Whether any of these events grants a permit."""
-    return any(isinstance(r.event, Decision) and r.event.verdict == "EXECUTE" for r in recorded)
+def grants(event: Event) -> bool:
+    """Whether it grants a permit."""
+    return isinstance(event, Decision) and event.verdict == "EXECUTE"

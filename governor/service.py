@@ -298,9 +298,13 @@ class Governor:
 
     def _take(self, deliveries: list[Delivery]) -> None:
         """Decide what can be decided at once, and have the rest wait its turn."""
-        results = [d for d in deliveries if d.stream == self.keys.results]
-        begun = [self._enqueue(delivery) for delivery in deliveries if delivery.stream == self.keys.plans]
-        symbols = [symbol for symbol in begun if symbol is not None]
+        results: list[Delivery] = []
+        symbols: list[str] = []
+        for delivery in deliveries:
+            if delivery.stream == self.keys.results:
+                results.append(delivery)
+            elif (symbol := self._enqueue(delivery)) is not None:
+                symbols.append(symbol)
         if not self.policy.credentials:
             self._decide_at_once(symbols)
         for symbol in symbols:
@@ -338,8 +342,10 @@ class Governor:
     def _submit(
         self, queue: deque[Delivery], market: tuple[Market, int] | None, failed: Exception | None, *, wake: bool = True
     ) -> asyncio.Future[Outcome]:
-        rest = [partial(self._propose, delivery, None, None) for delivery in islice(queue, 1, RUN_MOST)]
-        return self.ledger.enter(partial(self._propose, queue[0], market, failed), *rest, wake=wake)
+        proposals = [partial(self._propose, queue[0], market, failed)]
+        if len(queue) > 1:
+            proposals += [partial(self._propose, delivery, None, None) for delivery in islice(queue, 1, RUN_MOST)]
+        return self.ledger.enter(*proposals, wake=wake)
 
     def _begin(self, work: Any, room: int) -> None:
         self._take_room(room)
