@@ -22,7 +22,7 @@ from events.codec import decode
 from events.keys import Keys
 from events.store import RedisStore
 from events.types import Decision
-from events.wire import Wire
+from events.wire import Then, Wire
 from governor import decider
 from governor.connection import now
 from governor.gates import Situation
@@ -698,13 +698,13 @@ def stop_itself_at_the_commit(when: str) -> None:
     send = Wire.send
     done = False
 
-    def stop_and_send(wire: Wire, *words: Any) -> asyncio.Future[Any]:
+    def stop_and_send(wire: Wire, *words: Any, then: Then | None = None) -> asyncio.Future[Any]:
         nonlocal done
         now_is_it = not done and words[0] == "EVALSHA" and KEYS.events in words
         done = done or now_is_it
         if now_is_it and when == "before":
             os.kill(os.getpid(), signal.SIGSTOP)
-        answer = send(wire, *words)
+        answer = send(wire, *words, then=then)
         if now_is_it and when == "after":
             os.kill(os.getpid(), signal.SIGSTOP)
         return answer

@@ -95,7 +95,7 @@ def test_the_page_shows_a_governor_at_work_and_the_day_before_it_was_opened(visi
     expect(page.locator("#plans-list button").first).not_to_have_attribute("data-plan", first)
     expect(page.locator(f'#plans-list [data-plan="{first}"]')).to_have_count(1)
     page.locator("#charts summary").first.click()
-    assert page.locator("#charts tbody").first.locator("tr").count() == 24
+    expect(page.locator("#charts tbody").first.locator("tr")).to_have_count(24)
     page.locator("#charts summary").first.click()
     log_in(page)
     picture(page, "dark")
