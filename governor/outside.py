@@ -59,7 +59,7 @@ class Outside:
 
     def _look(self) -> Seen:
         self._seen = None
-        if self._lookout is not None:
+        if self._lookout is not None and not self._lookout.quiet():
             self._lookout.watch()
         notes = (note.read_pending() for note in self.notes if os.path.lexists(note.path))
         self._seen = Seen(self._actuator.apply_mode(), tuple(note for note in notes if note is not None))

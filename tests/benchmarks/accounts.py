@@ -79,7 +79,7 @@ def decide(number: int, state: State, now: int) -> Proposal:
 
 async def plans(server: RedisServer, accounts: int, count: int) -> dict[str, Any]:
     """Plans decided and committed one by one, each in a random one of the accounts, by one client."""
-    connection = client(host=server.host, port=server.port)
+    connection = client(host=server.host, port=server.port, max_connections=accounts + 10)  # one each, for commits
     chance = random.Random(1)  # noqa: S311
     ledgers = []
     with server.client() as look:
