@@ -607,7 +607,6 @@ class Ledger:
         try:
             # A commit is never cancelled: its outcome would be unknown for no reason.
             gone = await asyncio.shield(flight.answer)
-            os.sched_yield()  # a client woken by its permit comes before what is left here, journal and log
         except StoreError as error:
             if keeper is not None and (isinstance(error, UnsentError) or not isinstance(error, UnavailableError)):
                 keeper.refused()
@@ -615,6 +614,7 @@ class Ledger:
         if keeper is not None:
             keeper.committed(flight.draft.entries)
             keeper.heard()
+        os.sched_yield()  # a client woken by its permit comes before what is left here: the fold, metrics, the log line
         self._refused = False
         return gone
 
