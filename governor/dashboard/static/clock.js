@@ -14,6 +14,9 @@ try {
 /** The server's time in unix seconds, going on by itself between messages. */
 export const now = () => Date.now() / 1000 + offset;
 
+/** Whether a moment counts as come: our clock may be a quarter of a second behind the server's, see below. */
+export const due = (at) => at <= now() + 0.5;
+
 export function heard(serverNow) {
   const found = serverNow - Date.now() / 1000;
   // A message that took long says less than the clock did: only a real difference is followed.
@@ -46,7 +49,7 @@ const KINDS = {
   ago: (at) => `${about(now() - at)} ago`,
   span: (at) => about(now() - at),
   left: (at) => (at > now() ? span(Math.ceil(at - now())) : "0 s"),
-  in: (at) => (at > now() + 0.5 ? `in ${span(Math.ceil(at - now()))}` : "now"),
+  in: (at) => (!due(at) ? `in ${span(Math.ceil(at - now()))}` : "now"),
 };
 
 function render(node) {

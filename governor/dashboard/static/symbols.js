@@ -1,7 +1,7 @@
 // Per symbol: windows and totals against their limits, the nearest to a limit first.
 
 import { bar, level, share } from "./bar.js";
-import { now, stamp } from "./clock.js";
+import { due, everySecond, stamp } from "./clock.js";
 import { attr, byId, code, el, keyed, show, text } from "./dom.js";
 import { number, usd } from "./format.js";
 import { verdict } from "./words.js";
@@ -24,6 +24,8 @@ export function startSymbols() {
     all = !all;
     renderSymbols(latest);
   });
+  // What counts down to "now" has to end with the word that keeps it shut, not a message later.
+  everySecond(() => latest && renderSymbols(latest));
 }
 
 export function renderSymbols(snapshot) {
@@ -78,8 +80,7 @@ function shut({ state, halted, hold_until: hold }) {
 
 function renderNext(node, at, closed) {
   const [, when, words] = node.children;
-  const passes = at !== null && at <= now();
-  const told = at === null ? "never under these limits" : passes ? closed : "";
+  const told = at === null ? "never under these limits" : due(at) ? closed : "";
   show(when, told === "");
   text(words, told);
   if (told === "") stamp(when, at, "in");
