@@ -149,10 +149,12 @@ def events(
             if as_json and not follow:
                 print_json([printing.event_fields(recorded) for recorded in found])
                 return DONE
+            # Whoever has seen a line can rely on it: from here on, no trouble with the server ends this.
+            at = await _time_of(store, head) if follow else ""
             for recorded in found:
                 _print_event(recorded, as_json=as_json)
             if follow:
-                await _go_on(settings, cast("EventStore", store), head, choice, since_us or 0, as_json=as_json)
+                await _go_on(settings, cast("EventStore", store), head, choice, since_us or 0, at=at, as_json=as_json)
             return DONE
 
     end_with(work())
@@ -204,14 +206,17 @@ async def _past(
     return found, head
 
 
+async def _time_of(store: EventStore | FileStore, head: Head) -> str:
+    """When the last event was, as its entry says it; "0" for none."""
+    last = await store.read(head.seq - 1, limit=1) if head.seq else []
+    return last[0].timestamp if last else "0"
+
+
 async def _go_on(
-    settings: Settings, store: EventStore, head: Head, choice: _Choice, since_us: int, *, as_json: bool
+    settings: Settings, store: EventStore, head: Head, choice: _Choice, since_us: int, *, at: str, as_json: bool
 ) -> None:
     from events.codec import decode  # noqa: PLC0415
     from governor.following import follow  # noqa: PLC0415
-
-    last = await store.read(head.seq - 1, limit=1) if head.seq else []
-    at = last[0].timestamp if last else "0"
 
     def tell(what: str) -> None:
         click.echo(f"governor: {what}", err=True)
