@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
+from re import compile as regex
 
 MAX_DIGITS = 38
 MAX_EXPONENT = 30
@@ -11,7 +12,7 @@ MATH = Context(prec=2 * MAX_DIGITS + 2 * MAX_EXPONENT)
 
 ZERO = Decimal(0)
 _ONE = Decimal(1)
-_CHARACTERS = "0123456789+-.eE"
+_NUMBER = regex(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?").fullmatch
 _CENTS = Decimal("0.00000001")
 
 
@@ -21,10 +22,9 @@ def parse(text: str) -> Decimal:
     Raises:
         ValueError: not a number, not finite, or too long or too far from one to be a price or a quantity.
     """
-    try:
-        number = Decimal(text if len(text) <= 2 * MAX_DIGITS and not text.strip(_CHARACTERS) else "")
-    except InvalidOperation:
-        raise ValueError(f"{text[:40]!r} is no finite decimal number") from None
+    if len(text) > 2 * MAX_DIGITS or not text.isascii() or not _NUMBER(text):
+        raise ValueError(f"{text[:40]!r} is no finite decimal number")
+    number = Decimal(text)
     if (len(text) > MAX_DIGITS and len(number.as_tuple().digits) > MAX_DIGITS) or (
         number and abs(number.adjusted()) > MAX_EXPONENT
     ):

@@ -87,6 +87,7 @@ def test_a_number_is_read_as_clients_and_exchanges_write_it(written: str, number
         "\u22121",
         "½",
         "1\x00",
+        "0e99999",
         "True",
         "None",
     ],
