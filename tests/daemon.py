@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import msgspec
 import redis
 
+from events.types import Entry
 from governor.sim.apply_layer import PLAN_STREAM, plan_fields
 
 T = TypeVar("T")
@@ -167,6 +169,12 @@ def publish(client: redis.Redis, plan_id: str, symbol: str, action: str = "PARTI
     fields = plan_fields({"plan_id": plan_id, "symbol": symbol, "action": action, **more}, now=time.time())
     entry_id: Any = client.xadd(PLAN_STREAM, fields, maxlen=10_000, approximate=True)  # type: ignore[arg-type]
     return str(entry_id)
+
+
+def fields_of(entry: Entry) -> dict[str, Any]:
+    """What every entry of the event stream has for fields, in a commit's order."""
+    told = msgspec.structs.asdict(entry)
+    return {"event": told.pop("name"), **told}
 
 
 def events_of(client: redis.Redis, *names: str) -> list[dict[str, Any]]:

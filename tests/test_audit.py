@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from events.files import line_of, open_file, write
 from events.types import Entry
-from tests.daemon import Daemon, daemon, events_of, publish, wait_for
+from tests.daemon import Daemon, daemon, events_of, fields_of, publish, wait_for
 from tests.golden import entries as golden
 from tests.servers import RedisServer
 
@@ -41,12 +41,12 @@ def fill(client: redis.Redis, entries: list[Entry]) -> None:
     """Put entries into the stream as somebody does who may write to Redis, whatever they are."""
     client.delete(STREAM)
     for number, entry in enumerate(entries, start=1):
-        fields: Any = {"event": entry.name, "seq": entry.seq, "timestamp": entry.timestamp, "data": entry.data}
+        fields: Any = fields_of(entry)
         if entry.name == "AUTO_DISARM":
             data = json.loads(entry.data)
             fields |= {"reason": data["reason"], "context": json.dumps(data["context"], separators=(",", ":"))}
             fields |= {"action_taken": data["action_taken"]}
-        client.xadd(STREAM, fields | {"hash": entry.hash}, id=f"{number}-0")
+        client.xadd(STREAM, fields, id=f"{number}-0")
 
 
 def lines(path: Path, body: list[bytes]) -> None:

@@ -26,7 +26,7 @@ from governor.dashboard.incidents import incident
 from governor.explain import Explainer, explain
 from governor.settings import load
 from projections.state import digest, fold
-from tests.daemon import until
+from tests.daemon import fields_of, until
 from tests.servers import RedisServer
 from tests.test_audit import STREAM, fill
 from tests.test_properties import walk
@@ -54,12 +54,12 @@ def stored(events: tuple[tuple[int, Event], ...] | list[tuple[int, Event]], afte
 
 def append(client: redis.Redis, entries: list[Entry]) -> None:
     for entry in entries:
-        fields: Any = {"event": entry.name, "seq": entry.seq, "timestamp": entry.timestamp, "data": entry.data}
+        fields: Any = fields_of(entry)
         if entry.name == "AUTO_DISARM":
             data = json.loads(entry.data)
             fields |= {"reason": data["reason"], "context": dumps(data["context"])}
             fields |= {"action_taken": data["action_taken"]}
-        client.xadd(STREAM, fields | {"hash": entry.hash}, id=f"{entry.seq}-0")
+        client.xadd(STREAM, fields, id=f"{entry.seq}-0")
 
 
 @contextlib.asynccontextmanager

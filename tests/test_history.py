@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
@@ -27,7 +27,7 @@ from governor.history import Keeper, QuarantineError
 from governor.ledger import Ledger, Proposal
 from governor.settings import load
 from tests.conftest import NewServer
-from tests.daemon import Daemon, daemon, events_of, publish, wait_for
+from tests.daemon import Daemon, daemon, events_of, fields_of, publish, wait_for
 from tests.proxy import Proxy
 from tests.servers import RedisServer
 
@@ -80,8 +80,7 @@ def stored(client: redis.Redis) -> list[Entry]:
 def fill(client: redis.Redis, entries: list[Entry]) -> None:
     client.delete(STREAM)
     for entry in entries:
-        fields: Any = {"event": entry.name, "seq": entry.seq, "timestamp": entry.timestamp, "data": entry.data}
-        client.xadd(STREAM, fields | {"hash": entry.hash}, id=f"{entry.seq}-0")
+        client.xadd(STREAM, cast("Any", fields_of(entry)), id=f"{entry.seq}-0")
 
 
 def journaled(one: Daemon, home: Path, digest: str) -> bool:

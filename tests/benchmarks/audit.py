@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import redis
@@ -38,6 +38,7 @@ from governor.replay import Auditor
 from governor.settings import load as settings
 from projections.state import evolve
 from tests.benchmarks.history import written
+from tests.daemon import fields_of
 from tests.servers import RedisServer
 
 KEYS = Keys()
@@ -207,14 +208,7 @@ def load(server: RedisServer, events: int, seed: int) -> int:
         for page in written(events, seed=seed):
             pipe = connection.pipeline(transaction=False)
             for entry in page:
-                fields = {
-                    "event": entry.name,
-                    "seq": entry.seq,
-                    "timestamp": entry.timestamp,
-                    "data": entry.data,
-                    "hash": entry.hash,
-                }
-                pipe.xadd(KEYS.events, fields, id=f"{entry.seq}-0")  # type: ignore[arg-type]
+                pipe.xadd(KEYS.events, cast("Any", fields_of(entry)), id=f"{entry.seq}-0")
             pipe.execute()
             count += len(page)
     return count

@@ -66,7 +66,7 @@ from tests.benchmarks.gate import (
     worked_ms,
 )
 from tests.benchmarks.pictures import FLOOR, OTHER, Line, Panel, Point, draw
-from tests.daemon import Daemon, wait_for
+from tests.daemon import Daemon, fields_of, wait_for
 from tests.servers import RedisServer
 
 Values = dict[str, float]
@@ -324,14 +324,7 @@ def seed(server: RedisServer, events: int, symbols: Sequence[str]) -> int:
         while page := list(islice(entries, 2000)):
             pipe = connection.pipeline(transaction=False)
             for entry in page:
-                fields = {
-                    "event": entry.name,
-                    "seq": entry.seq,
-                    "timestamp": entry.timestamp,
-                    "data": entry.data,
-                    "hash": entry.hash,
-                }
-                pipe.xadd(KEYS.events, cast("Any", fields), id=f"{entry.seq}-0")
+                pipe.xadd(KEYS.events, cast("Any", fields_of(entry)), id=f"{entry.seq}-0")
             pipe.execute()
             last = page[-1].seq
     return last
