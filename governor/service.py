@@ -67,7 +67,7 @@ MARKET_FRESH_US = 5_000_000
 """Exchange data older than this at the moment of the decision is asked for again."""
 CLOCK_OFF_S = 5.0
 GIVE_WAY = 6
-"""Turns of the loop that a plan just read takes to its commit, if it waits for nobody; then it is time to read on."""
+"""Turns of the loop that a plan just read takes until the exchange is asked; then it is time to read on."""
 
 
 class Exchange(Protocol):
