@@ -5,6 +5,9 @@ event loop all that wait leave together, as single calls or, where that costs le
 symbols. A request that has left is never shared with a later caller, so every answer was asked for after the
 call for it began. Each answer goes to its symbol the moment it is there; a slow symbol holds up no other.
 
+An exchange that is near is waited for awake: a processor that sleeps meanwhile, a virtual one above all, takes its
+time to come back, and is given back with cold caches.
+
 An answer counts as a position only when it proves one: v2 sends a row for a flat symbol too, so an empty list
 from it is trouble. v3, used once v2 is retired, sends no row for a flat symbol.
 
@@ -16,11 +19,12 @@ long as its window lasts. That is why errors of the HTTP client are replaced, ne
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TypeVar
 
@@ -85,9 +89,25 @@ class _Ask:
     """One symbol's question, shared by the callers that came before it was sent."""
 
     symbol: str
-    deadline: float
-    position: asyncio.Future[dict[str, Decimal] | ExchangeError]
-    price: asyncio.Future[Decimal | ExchangeError]
+    deadline: float = 0.0
+    position: dict[str, Decimal] | ExchangeError | None = None
+    """None: not known yet."""
+    price: Decimal | ExchangeError | None = None
+    """None: not known yet."""
+    callers: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def found_position(self, answer: dict[str, Decimal] | ExchangeError) -> None:
+        self.position = answer
+        self._look()
+
+    def found_price(self, answer: Decimal | ExchangeError) -> None:
+        self.price = answer
+        self._look()
+
+    def _look(self) -> None:
+        if self.position is not None and self.price is not None:
+            for caller in self.callers:
+                _go_on(caller)
 
 
 @dataclass(slots=True)
@@ -117,6 +137,7 @@ class Binance:
         recv_window_ms: how long a signed request stays valid.
         max_price_age_ms: mark prices older than this are `stale_price`; None does not look.
         blocked_until_us: end of a ban remembered from before.
+        awake_s: an answer that usually comes sooner is waited for without sleeping; 0: never.
 
     Raises:
         ValueError: an address that is not allowed, or a key that cannot be one.
@@ -136,6 +157,7 @@ class Binance:
         recv_window_ms: int = 5000,
         max_price_age_ms: int | None = None,
         blocked_until_us: int = 0,
+        awake_s: float = 0.0,
     ) -> None:
         self.base_url = check_base_url(base_url, allow_mainnet=allow_mainnet)
         self.stats = Stats()
@@ -158,6 +180,12 @@ class Binance:
         self._sync_lock = asyncio.Lock()
         self._last_trouble = ""
         self._closed = False
+        self._awake_s = awake_s
+        self._awake_until = 0.0
+        """On the event loop's clock."""
+        self._turning = False
+        self._took_s = 0.0
+        """The latest good answer."""
         self._http = HttpClient(self.base_url, _AGENT, connections=MAX_CONNECTIONS, idle_s=IDLE_S)
 
     def __repr__(self) -> str:
@@ -195,10 +223,15 @@ class Binance:
             loop.call_soon(self._dispatch)
         ask = self._waiting.get(symbol)
         if ask is None:
-            ask = _Ask(symbol, 0.0, loop.create_future(), loop.create_future())
-            self._waiting[symbol] = ask
+            ask = self._waiting[symbol] = _Ask(symbol)
         ask.deadline = loop.time() + self._timeout_s
-        await asyncio.wait((ask.position, ask.price), timeout=self._timeout_s)
+        caller: asyncio.Future[None] = loop.create_future()
+        ask.callers.append(caller)
+        timer = loop.call_at(ask.deadline, _go_on, caller)
+        try:
+            await caller
+        finally:
+            timer.cancel()
         return _as_market(ask)
 
     async def sync_clock(self) -> None:
@@ -274,6 +307,18 @@ class Binance:
         else:
             for ask in asks:
                 self._spawn(self._price(ask))
+        if self._took_s < self._awake_s:
+            self._awake_until = asyncio.get_running_loop().time() + self._awake_s
+            if not self._turning:
+                self._stay_awake()
+
+    def _stay_awake(self) -> None:
+        """Have the event loop go round, letting others have the processor, where it would sleep until an answer."""
+        loop = asyncio.get_running_loop()
+        self._turning = bool(self._tasks) and loop.time() < self._awake_until
+        if self._turning:
+            os.sched_yield()
+            loop.call_soon(self._stay_awake)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -286,10 +331,10 @@ class Binance:
             asyncio.get_running_loop().call_soon(self._dispatch)
 
     async def _position(self, ask: _Ask, *, again: bool = True) -> None:
-        _settle(ask.position, await _answer(self._one_position(ask, again=again)))
+        ask.found_position(await _answer(self._one_position(ask, again=again)))
 
     async def _price(self, ask: _Ask, *, again: bool = True) -> None:
-        _settle(ask.price, await _answer(self._one_price(ask, again=again)))
+        ask.found_price(await _answer(self._one_price(ask, again=again)))
 
     async def _one_position(self, ask: _Ask, *, again: bool) -> dict[str, Decimal]:
         rows, route = await self._rows(ask.symbol, ask.deadline, again=again)
@@ -304,7 +349,7 @@ class Binance:
         answer = await _answer(self._rows(None, _halfway(asks), again=False))
         if isinstance(answer, ExchangeError) and answer.kind in _NOT_ALONE_EITHER:
             for ask in asks:
-                _settle(ask.position, answer)
+                ask.found_position(answer)
             return
         failed = isinstance(answer, ExchangeError)
         rows: dict[str, list[PositionRow]] = defaultdict(list)
@@ -313,7 +358,7 @@ class Binance:
                 rows[row.symbol].append(row)
         for ask in asks:
             try:
-                _settle(ask.position, position_legs(rows[ask.symbol], ask.symbol, none_is_flat=False))
+                ask.found_position(position_legs(rows[ask.symbol], ask.symbol, none_is_flat=False))
             except ExchangeError:
                 self._spawn(self._position(ask, again=not failed))
 
@@ -322,13 +367,13 @@ class Binance:
         answer = await _answer(self._request(MARKS, None, _halfway(asks), again=False))
         if isinstance(answer, ExchangeError) and answer.kind in _NOT_ALONE_EITHER:
             for ask in asks:
-                _settle(ask.price, answer)
+                ask.found_price(answer)
             return
         failed = isinstance(answer, ExchangeError)
         marks = {} if isinstance(answer, ExchangeError) else {mark.symbol: mark for mark in answer}
         for ask in asks:
             try:
-                _settle(ask.price, self._fresh_price(marks[ask.symbol], ask.symbol))
+                ask.found_price(self._fresh_price(marks[ask.symbol], ask.symbol))
             except (ExchangeError, KeyError):
                 self._spawn(self._price(ask, again=not failed))
 
@@ -402,6 +447,7 @@ class Binance:
         try:
             answer = self._read(route, *await self._exchange(target, headers, deadline))
             outcome = "ok"
+            self._took_s = self._monotonic() - started
             return answer
         except ExchangeError as error:
             outcome = error.kind
@@ -480,9 +526,9 @@ async def _answer(work: Awaitable[T]) -> T | ExchangeError:
         return ExchangeError("internal")
 
 
-def _settle(future: asyncio.Future[T | ExchangeError], answer: T | ExchangeError) -> None:
-    if not future.done():
-        future.set_result(answer)
+def _go_on(caller: asyncio.Future[None]) -> None:
+    if not caller.done():
+        caller.set_result(None)
 
 
 def _halfway(asks: list[_Ask]) -> float:
@@ -491,8 +537,8 @@ def _halfway(asks: list[_Ask]) -> float:
 
 
 def _as_market(ask: _Ask) -> Market:
-    legs = ask.position.result() if ask.position.done() else ExchangeError("timeout")
-    price = ask.price.result() if ask.price.done() else ExchangeError("timeout")
+    legs = ExchangeError("timeout") if ask.position is None else ask.position
+    price = ExchangeError("timeout") if ask.price is None else ask.price
     return Market(
         legs=None if isinstance(legs, ExchangeError) else legs,
         mark_price=None if isinstance(price, ExchangeError) else price,

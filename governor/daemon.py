@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -208,6 +209,7 @@ def _exchange(settings: Settings, metrics: Metrics, alerts: Alerts, *, blocked_u
         now=now,
         on_call=called,
         blocked_until_us=blocked_until_us,
+        awake_s=settings.awake_s if len(os.sched_getaffinity(0)) > 1 else 0.0,  # with one processor, others need it
     )
 
 

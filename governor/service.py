@@ -379,7 +379,8 @@ class Governor:
                 if begun is None:
                     if market is None and failed is None and (ask or self._asks_first(queue[0])):
                         market = await self._ask(symbol)
-                    begun = self._submit(queue, market, failed)
+                    begun = self._submit(queue, market, failed, wake=False)
+                    self.ledger.start()
                 outcome = await begun
             except Exception as error:  # noqa: BLE001 - whatever it was, it blocks this plan alone
                 outcome = Outcome([], error)

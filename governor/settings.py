@@ -79,6 +79,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     dashboard_behind_proxy: bool
     base_url: str
     binance_timeout_s: float
+    awake_s: float
     api_key: str
     api_secret: str
     allow_mainnet: bool
@@ -153,6 +154,12 @@ def _timeout(value: str) -> float:
     micros = policy.seconds("0.05", "60")(value)
     assert micros is not None
     return micros / 1_000_000
+
+
+def _awake_s(value: str) -> float:
+    number = policy.whole(0, 1000)(value)
+    assert number is not None
+    return number / 1000
 
 
 def _labels(value: str) -> int:
@@ -304,6 +311,8 @@ TABLE: tuple[Row, ...] = (
     Row("BINANCE_BASE_URL", TESTNET, "Exchange. Testnet or loopback; mainnet only with GOV_ALLOW_MAINNET.", "base_url"),
     Row("BINANCE_TIMEOUT_SEC", "2", "The longest an answer of the exchange is waited for, a retry included.",
         "binance_timeout_s", _timeout),
+    Row("BINANCE_AWAKE_MS", "50", "An exchange that usually answers sooner is waited for without letting the processor "
+        "sleep, which takes its time to come back; 0: never. With one processor never, too.", "awake_s", _awake_s),
     Row("GOV_ALLOW_MAINNET", "false", "Allows the mainnet host.", "allow_mainnet", policy.flag),
     Row("GOV_AUDIT_KEY", "", "Key of the event chain: with it, nobody without it can rebuild the chain.", "audit_key",
         secret=True),

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -506,6 +507,59 @@ async def test_the_deadline_holds_and_keeps_the_other_half(sim: ExchangeSim, rig
     assert 0.15 < time.monotonic() - started < 1.0
     assert (market.position_error, market.price_error) == (("timeout", None) if path == V2 else (None, "timeout"))
     assert sim.count(path) == 1
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When the processor was kept awake, on the real clock."""
+    found: list[float] = []
+    monkeypatch.setattr(os, "sched_yield", lambda: found.append(time.monotonic()))
+    return found
+
+
+async def test_an_exchange_that_is_near_is_waited_for_awake_and_no_longer(rig: Rig, turns: list[float]) -> None:
+    client = rig(awake_s=1.0)
+    assert (await client.market("BTCUSDT")).position_error is None
+    assert turns
+    for _ in range(20):
+        await asyncio.sleep(0)
+    known = len(turns)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(turns) == known
+
+
+async def test_an_exchange_that_is_far_is_waited_for_asleep(
+    sim: ExchangeSim, rig: Rig, clock: Clock, turns: list[float]
+) -> None:
+    def far(_: Request) -> float:
+        clock.pass_s(0.06)
+        return 0.0
+
+    sim.latency_s = far
+    client = rig(awake_s=0.05)
+    await client.warm_up()
+    assert (await client.market("BTCUSDT")).position_error is None
+    assert turns == []
+    assert (await rig().market("BTCUSDT")).position_error is None, "nor where it is not wished for"
+    assert turns == []
+
+
+async def test_an_exchange_that_hangs_is_soon_waited_for_asleep(sim: ExchangeSim, rig: Rig, turns: list[float]) -> None:
+    sim.faults = Script(V2, Fault.HANG)
+    assert (await rig(awake_s=0.02, timeout_s=0.3).market("BTCUSDT")).position_error == "timeout"
+    assert turns
+    assert turns[-1] - turns[0] < 0.15
+
+
+async def test_a_caller_that_leaves_takes_no_answer_from_another(sim: ExchangeSim, rig: Rig) -> None:
+    client = rig()
+    leaves, stays = (asyncio.create_task(client.market("BTCUSDT")) for _ in range(2))
+    await asyncio.sleep(0)
+    leaves.cancel()
+    assert (await stays).legs == {"BOTH": D("0.015")}
+    assert leaves.cancelled()
+    assert sim.count(V2) == 1
 
 
 async def test_the_deadline_covers_the_second_try(sim: ExchangeSim, rig: Rig) -> None:

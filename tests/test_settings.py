@@ -132,6 +132,7 @@ def test_without_any_variable_everything_has_its_default() -> None:
     assert (settings.dashboard_token_file, settings.dashboard_allowed_hosts) == (None, ())
     assert not settings.dashboard_behind_proxy
     assert (settings.base_url, settings.binance_timeout_s) == ("https://testnet.binancefuture.com", 2.0)
+    assert settings.awake_s == 0.05
     assert (settings.api_key, settings.api_secret, settings.credentials) == ("", "", False)
     assert (settings.allow_mainnet, settings.log_format, settings.log_level) == (False, "", "INFO")
     assert (settings.warnings, settings.symbol_texts) == ((), {})
@@ -160,6 +161,7 @@ def test_every_variable_reaches_its_field(tmp_path: Path) -> None:
             "BINANCE_TESTNET_API_SECRET": "s",
             "BINANCE_BASE_URL": "https://fapi.binance.com/",
             "BINANCE_TIMEOUT_SEC": "0.25",
+            "BINANCE_AWAKE_MS": "7",
             "GOV_ALLOW_MAINNET": "True",
             "GOV_AUDIT_KEY": "audit",
             "METRICS_HOST": "0.0.0.0",  # noqa: S104 - nothing listens
@@ -188,6 +190,7 @@ def test_every_variable_reaches_its_field(tmp_path: Path) -> None:
     assert settings.dashboard_allowed_hosts == ("bot.example.org", "[fd00::1]")
     assert settings.dashboard_behind_proxy
     assert (settings.base_url, settings.binance_timeout_s) == ("https://fapi.binance.com", 0.25)
+    assert settings.awake_s == 0.007
     assert (settings.api_key, settings.api_secret, settings.credentials) == ("k", "s", True)
     assert (settings.allow_mainnet, settings.log_format, settings.log_level) == (True, "json", "DEBUG")
     assert settings.policy.credentials
@@ -268,6 +271,7 @@ def test_every_variable_of_a_decision_reaches_the_policy(name: str, text: str, v
         ("APPLY_SERVICE", ["", "a b.service", "-x"], "the name of a systemd unit"),
         ("BINANCE_BASE_URL", ["", "x", "https://example.com"], "https://testnet.binancefuture.com"),
         ("BINANCE_TIMEOUT_SEC", ["0", "0.04", "61", "off"], "seconds from 0.05 to 60"),
+        ("BINANCE_AWAKE_MS", ["-1", "1001", "0.5"], "a whole number from 0 to 1000"),
         ("GOV_ALLOW_MAINNET", ["yes", "1"], "true or false"),
         ("METRICS_HOST", ["", "a b"], "a name without spaces"),
         ("METRICS_PORT", ["-1", "65536", "http"], "a whole number from 0 to 65535"),
