@@ -1,8 +1,8 @@
 -- Consumes one permit, or says why not. A script is one step for Redis: of all who ask, at most one is granted.
--- KEYS  permit, state, block record
+-- KEYS  permit, state, block record, emergency brake
 -- ARGV  plan_id, symbol ('' for any), 'consume' or 'peek'
 -- Reply {'granted', the permit as stored} or {'denied', reason}
--- Uses GET, TIME, and DEL on the permit only. Every check comes before the DEL.
+-- Uses GET, EXISTS, TIME, and DEL on the permit only. Every check comes before the DEL.
 
 -- A value that is no string reads as '' and so as unreadable; any other error (ACL, memory) ends the script.
 local function read(key)
@@ -66,6 +66,9 @@ end
 local function denied(reason)
   return {'denied', reason}
 end
+
+-- Permits die with the disarm that the brake becomes. Until then, or where nobody makes one of it, they wait here.
+if redis.call('EXISTS', KEYS[4]) == 1 then return denied('blocked:halted') end
 
 local text = read(KEYS[1])
 if not text then

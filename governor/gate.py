@@ -16,9 +16,9 @@ otherwise) asks again after such a loss and finds no permit: denied as well, onl
 
 `wait_s` bounds the waiting for a permit that is not there yet; how long one look may take is for the
 client's `socket_timeout` to say. With access rules, the client's user needs `~quantum:permit:*
-%R~quantum:governor:state %R~quantum:governor:block:* +get +del +time +script|load` and the selector
-`(~quantum:permit:* ~quantum:governor:state ~quantum:governor:block:* +evalsha)`: EVALSHA wants its keys
-writable, whatever the script does with them.
+%R~quantum:governor:state %R~quantum:governor:block:* %R~quantum:governor:halt +get +exists +del +time +script|load`
+and the selector `(~quantum:permit:* ~quantum:governor:state ~quantum:governor:block:* ~quantum:governor:halt
++evalsha)`: EVALSHA wants its keys writable, whatever the script does with them.
 
 Apart from the standard library this module needs only the client it is given.
 """
@@ -252,6 +252,7 @@ class _Ask:
             f"{prefix}:permit:{plan_id}",
             f"{prefix}:governor:state",
             f"{prefix}:governor:block:{plan_id}",
+            f"{prefix}:governor:halt",
         )
         self.command = ("EVALSHA", _SCRIPT_SHA, len(keys), *keys, plan_id, symbol or "", mode)
 

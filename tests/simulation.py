@@ -842,6 +842,8 @@ class Server:
 
     def consume(self, plan_id: str, symbol: str) -> dict[str, Any] | str:
         """What `governor/consume.lua` does: one step, the permit or why not."""
+        if self.store.get(KEYS.halt) is not None:
+            return "blocked"
         text = self.store.get(KEYS.permit(plan_id))
         if text is None:
             return "blocked" if self.store.get(KEYS.block(plan_id)) is not None else "no_permit"

@@ -648,11 +648,31 @@ async def test_a_client_that_retries_by_itself_is_denied_too(real: Place) -> Non
         assert not proxy.cut_next_answer.is_set()
 
 
+# ---------------------------------------------------------------- the brake
+
+
+def test_while_the_brake_is_set_no_permit_is_given_out_whoever_is_at_work(real: Place) -> None:
+    real.grant()
+    gate = PermitGate(real.redis)
+    for value in ("bad fills", ""):
+        real.redis.set("quantum:governor:halt", value)
+        assert reason_of(lambda: gate.consume("plan-1", symbol="BTCUSDT")) == "blocked:halted"
+        assert reason_of(lambda: gate.peek("plan-1")) == "blocked:halted"
+    real.redis.delete("quantum:governor:halt")
+    real.redis.rpush("quantum:governor:halt", "of another type")
+    assert reason_of(lambda: gate.consume("plan-1", symbol="BTCUSDT")) == "blocked:halted"
+    assert real.has(), "whoever releases the brake decides what becomes of it"
+    real.redis.delete("quantum:governor:halt")
+    assert gate.consume("plan-1", symbol="BTCUSDT").seq == 42
+
+
 # ---------------------------------------------------------------- rights
 
-KEYS_READ = ["~quantum:permit:*", "%R~quantum:governor:state", "%R~quantum:governor:block:*"]
-COMMANDS = ["+get", "+del", "+time", "+script|load"]
-SELECTOR = "(~quantum:permit:* ~quantum:governor:state ~quantum:governor:block:* +evalsha)"
+KEYS_READ = [
+    "~quantum:permit:*", "%R~quantum:governor:state", "%R~quantum:governor:block:*", "%R~quantum:governor:halt"
+]  # fmt: skip
+COMMANDS = ["+get", "+exists", "+del", "+time", "+script|load"]
+SELECTOR = "(~quantum:permit:* ~quantum:governor:state ~quantum:governor:block:* ~quantum:governor:halt +evalsha)"
 
 
 @contextmanager
@@ -675,7 +695,13 @@ def test_the_rights_the_module_names_are_enough_and_forge_nothing(real: Place) -
             client.evalsha(str(forge), 1, "quantum:permit:plan-1")
 
 
-@pytest.mark.parametrize("withheld", ["+get", "+del", "%R~quantum:governor:state", "%R~quantum:governor:block:*"])
+@pytest.mark.parametrize(
+    "withheld",
+    [
+        "+get", "+exists", "+del", "%R~quantum:governor:state", "%R~quantum:governor:block:*",
+        "%R~quantum:governor:halt",
+    ],
+)  # fmt: skip
 def test_a_missing_right_is_redis_trouble_and_not_a_missing_permit(real: Place, withheld: str) -> None:
     rights = [right for right in [*KEYS_READ, *COMMANDS, SELECTOR] if right != withheld]
     if "block" not in withheld:

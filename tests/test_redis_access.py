@@ -149,7 +149,7 @@ MAY: Mapping[str, list[str]] = {
         *CONNECTION, "TIME", f"XADD {P} MAXLEN ~ 10000 * plan_id p1", f"XADD {R} * plan_id p1",
         f"GET {PERMIT}", f"EXISTS {PERMIT}", f"TTL {PERMIT}", f"PTTL {PERMIT}", f"DEL {PERMIT}", f"GETDEL {PERMIT}",
         f"GET {STATE}", f"GET {BLOCK}", f"EXISTS {STATE}", f"SCRIPT LOAD {SCRIPT}",
-        f"EVALSHA {SHA} 3 {PERMIT} {STATE} {BLOCK}",
+        f"EVALSHA {SHA} 4 {PERMIT} {STATE} {BLOCK} {HALT}", f"EXISTS {HALT}",
     ],
     "auditor": [
         *CONNECTION, *READING_KEYS, *READING_EVENTS, "INFO", "TIME", "SCAN 0", f"GET {PERMIT}", f"XRANGE {P} - +",
@@ -195,7 +195,7 @@ MAY_NOT: Mapping[str, list[str]] = {
         f"GETDEL {STATE}", f"SET {BLOCK} x", f"DEL {HALT}", f"SET {HALT} x", f"GET {HALT}", f"GET {SNAPSHOT}",
         f"SET {LEASE} x", f"GET {DAILY}", f"XADD {E} * f v", f"XRANGE {E} - +", f"XREAD STREAMS {E} 0",
         f"XRANGE {P} - +", f"XREAD STREAMS {P} 0", f"XREADGROUP GROUP governor governor STREAMS {P} >",
-        f"XACK {P} governor 1-0", f"EVALSHA {SHA} 1 {E}", f"EVALSHA {SHA} 1 {HALT}", f"EVAL {SCRIPT} 1 {PERMIT}",
+        f"XACK {P} governor 1-0", f"EVALSHA {SHA} 1 {E}", f"EVAL {SCRIPT} 1 {PERMIT}",
         "SCAN 0", "INFO", "CONFIG GET *", "CLUSTER SLOTS",
     ],
     "auditor": [*NOBODY, *READERS],
