@@ -78,14 +78,7 @@ def compare(
     return Comparison(relation, shorter) if found == shorter.hash else Comparison(Relation.CONTRADICTION, None)
 
 
-def settle(
-    intent: Intent,
-    stream_head: Head,
-    hash_at_seq: Callable[[int], str | None],
-    server: str,
-    *,
-    written_back: bool = False,
-) -> Verdict:
+def settle(intent: Intent, stream_head: Head, hash_at_seq: Callable[[int], str | None], server: str) -> Verdict:
     """What became of a commit whose end nobody saw.
 
     Args:
@@ -94,13 +87,10 @@ def settle(
         hash_at_seq: hash of a stream's event, None for one it does not have. Asked at most once, for one of the
             intent's.
         server: identity of the server process that was asked.
-        written_back: whether somebody has just found that this server lost events, and may have written back what is
-            there now.
 
     Returns:
         "committed": it is in the stream. "void": it did not happen; something else stands in its place, or the same
-        server process still ends where the commit began, and lost nothing. "lost": it may have happened and been lost
-        with the server, or by it.
+        server process still ends where the commit began. "lost": it may have happened and been lost with the server.
         A stream whose beginning was archived beyond the intent cannot tell: "void", so that nothing unproven is kept.
         After "void" a copy of the commit may still arrive from a connection that was not closed; `Journal.append` takes
         its events like anybody's.
@@ -109,7 +99,7 @@ def settle(
     if stream_head.seq >= first.seq:
         witness = intent.entries[min(stream_head.seq, last.seq) - first.seq]
         return "committed" if hash_at_seq(witness.seq) == witness.hash else "void"
-    if stream_head == intent.expected and server == intent.server and not written_back:
+    if stream_head == intent.expected and server == intent.server:
         return "void"
     return "lost"
 

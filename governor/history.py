@@ -245,14 +245,14 @@ class Keeper:
         try:
             journal = self._opened()
             await self._look_at_server(journal)
-            relation, head = await self._settled(journal, ledger)
+            relation, head = await self._settled(journal, ledger.store)
             if relation is Relation.CONTRADICTION and await self._accepted(journal, ledger.store, head):
                 self._start_over(journal, ledger)
-                relation, head = await self._settled(journal, ledger)
+                relation, head = await self._settled(journal, ledger.store)
             if relation is Relation.CONTRADICTION:
                 raise self._contradicted(_two_histories(journal, head))
             if relation is Relation.JOURNAL_LONGER:
-                await self._write_back(journal, ledger, head)
+                await self._write_back(journal, ledger.store, head)
             if self._since_us is not None:
                 await self._hear_others(journal, ledger)
             if self._written_back:
@@ -311,9 +311,8 @@ class Keeper:
         self._since_us = self._clock()
         self._was = (self._active(), self._wrote_last)
 
-    async def _settled(self, journal: Journal, ledger: Ledger) -> tuple[Relation, Head]:
+    async def _settled(self, journal: Journal, store: EventStore) -> tuple[Relation, Head]:
         """How the histories relate, and where the stream ends, once the journal has taken over what it can."""
-        store = ledger.store
         while True:
             head = await store.head()
             hashes = await _hashes(store, journal.head.seq) if head.seq > journal.head.seq else {}
@@ -333,24 +332,21 @@ class Keeper:
                 return found.relation, head
             first, last = intent.entries[0].seq, intent.head.seq
             hashes = await _hashes(store, min(head.seq, last)) if head.seq >= first else {}
-            # Asked after the stream: a claim is there before what is written back is.
-            _, claimed_by = await _claimed(ledger)
-            if settle(intent, head, hashes.get, self._run_id, written_back=bool(claimed_by)) == "void":
+            if settle(intent, head, hashes.get, self._run_id) == "void":
                 journal.void()
             else:
                 journal.committed(intent.head)
 
     # -- what follows --------------------------------------------------------------------------------------------
 
-    async def _write_back(self, journal: Journal, ledger: Ledger, head: Head) -> None:
+    async def _write_back(self, journal: Journal, store: EventStore, head: Head) -> None:
         """Write back what the stream lost behind `head`, never a permit; no event, for others may know still more."""
         if self._since_us is None:
             self._doubt_the_end()
         begun = head.seq
         try:
             while entries := journal.read(head.seq, limit=BATCH):
-                await self._claim(ledger, journal.head.seq)  # first: whoever comes back has to know that this was lost
-                await ledger.store.commit(Commit(expected=head, entries=entries))
+                await store.commit(Commit(expected=head, entries=entries))
                 head = entries[-1].head
                 self._written_back += len(entries)
         except ConflictError as error:
@@ -368,22 +364,17 @@ class Keeper:
         """
         assert self._since_us is not None
         seq = journal.head.seq
-        known = await self._claim(ledger, seq)
-        if known > seq:
+        (held,) = await ledger.store.values(ledger.keys.restorer)
+        known, name = _claim(held)
+        if name != self._name and known > seq:
             raise StoreError(
                 f"the stream lost events; the governor whose journal ends at event {known} writes them back"
             )
+        if name == self._name or known < seq:
+            claim = f"{seq} {self._name}".encode()
+            await ledger.store.write([Write("set", ledger.keys.restorer, (claim,), CLAIM_MS)])
         if self._clock() - self._since_us < self._wait_us():
             raise StoreError(f"waiting whether another governor's journal reaches further than event {seq}")
-
-    async def _claim(self, ledger: Ledger, seq: int) -> int:
-        """Say that our journal reaches as far as `seq`, unless another one's does, too. How far the longest reaches."""
-        known, name = await _claimed(ledger)
-        if name != self._name and known >= seq:
-            return known
-        claim = f"{seq} {self._name}".encode()
-        await ledger.store.write([Write("set", ledger.keys.restorer, (claim,), CLAIM_MS)])
-        return seq
 
     def _wait_us(self) -> int:
         active, ours = self._was
@@ -437,9 +428,8 @@ def _two_histories(journal: Journal, head: Head) -> str:
     )
 
 
-async def _claimed(ledger: Ledger) -> tuple[int, str]:
+def _claim(held: bytes | None) -> tuple[int, str]:
     """Where a claimed journal ends, and whose it is; before every event where there is none that can be read."""
-    (held,) = await ledger.store.values(ledger.keys.restorer)
     seq, _, name = (held or b"").decode(errors="replace").partition(" ")
     return (int(seq), name) if seq.isascii() and seq.isdecimal() else (-1, "")
 

@@ -402,28 +402,6 @@ async def test_one_that_is_killed_before_it_told_tells_when_it_is_back(pair: Pai
     assert pair.told() == ["first", "second", "HISTORY_RESTORED"]
 
 
-async def test_a_commit_nobody_saw_the_end_of_is_not_forgotten_with_the_server_that_was_emptied(
-    pair: Pair, tmp_path: Path
-) -> None:
-    await pair.waits(0)
-    await pair.look(1, after_s=0.1)
-    ledger = pair.ledgers[0]
-    keeper = ledger.keeper
-    assert keeper is not None
-    head = await pair.store.head()
-    entries = encode_all([ErrorRecorded(kind="plan_lost", detail="third")], after=head, at=pair.now_us)
-    keeper.intend(head, entries)
-    await pair.store.commit(Commit(expected=head, entries=entries))
-    keeper.close()  # killed before the journal knew of it
-    pair.store.entries.clear()
-    assert await pair.look(1, after_s=0.1) is not None
-    assert pair.told() == ["first", "second", "HISTORY_RESTORED"], "the other one had not read it"
-    pair.ledgers[0] = pair.ledger(tmp_path / "one", active=False)
-    assert await pair.waits(0) == 0.5
-    assert pair.told() == ["first", "second", "HISTORY_RESTORED", "third", "HISTORY_RESTORED"]
-    assert await pair.look(1, after_s=0.1) is None
-
-
 async def test_a_server_emptied_between_the_comparison_and_the_reading_begins_no_second_history(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1151,12 +1151,6 @@ def test_what_became_of_an_intent_follows_from_the_stream(
     assert settle(OWN, at(stream, end) if end else GENESIS, stream.get, server) == verdict
 
 
-def test_an_intent_on_a_server_that_lost_events_and_got_them_back_may_have_been_lost_with_them() -> None:
-    assert settle(OWN, at(HASHES, 2), HASHES.get, "run 1", written_back=True) == "lost"
-    assert settle(OWN, at(HASHES, 4), HASHES.get, "run 1", written_back=True) == "committed"
-    assert settle(OWN, at(FORKED, 3), FORKED.get, "run 1", written_back=True) == "void"
-
-
 def test_an_intent_half_of_which_is_in_the_stream_differently_is_void() -> None:
     other = some(1, after=at(HASHES, 3), text="other")[0]
     stream = HASHES | {4: other.hash}
