@@ -29,6 +29,7 @@ from events.journal import Journal
 from events.segments import DiskError, JournalError
 from events.store import Commit, ConflictError, EventStore, StoreError, UnavailableError, Write
 from events.types import Entry, Head, HistoryAccepted, HistoryRestored
+from governor import permits
 from governor.durability import Server, changed
 from governor.logs import Logger
 from projections.state import initial
@@ -252,7 +253,7 @@ class Keeper:
             if relation is Relation.CONTRADICTION:
                 raise self._contradicted(_two_histories(journal, head))
             if relation is Relation.JOURNAL_LONGER:
-                await self._write_back(journal, ledger.store, head)
+                await self._write_back(journal, ledger, head)
             if self._since_us is not None:
                 await self._hear_others(journal, ledger)
             if self._written_back:
@@ -339,14 +340,15 @@ class Keeper:
 
     # -- what follows --------------------------------------------------------------------------------------------
 
-    async def _write_back(self, journal: Journal, store: EventStore, head: Head) -> None:
+    async def _write_back(self, journal: Journal, ledger: Ledger, head: Head) -> None:
         """Write back what the stream lost behind `head`, never a permit; no event, for others may know still more."""
         if self._since_us is None:
             self._doubt_the_end()
-        begun = head.seq
+        begun, store, keys = head.seq, ledger.store, ledger.keys
         try:
             while entries := journal.read(head.seq, limit=BATCH):
-                await store.commit(Commit(expected=head, entries=entries))
+                # A permit that was used up or revoked in what was lost may have come back with the server.
+                await store.commit(Commit(expected=head, entries=entries, writes=permits.ended(entries, keys)))
                 head = entries[-1].head
                 self._written_back += len(entries)
         except ConflictError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from events.codec import dumps
+from events.codec import decode, dumps
 from events.decimals import ZERO
 from events.keys import Keys
 from events.store import Write
 from events.types import (
     Decision,
+    Entry,
     Event,
     PermitConsumed,
     PermitExpired,
@@ -19,6 +20,7 @@ from events.types import (
 )
 
 BLOCK_MS = 3_600_000
+_ENDS = frozenset({PermitConsumed.NAME, PermitExpired.NAME, PermitRevoked.NAME})
 TAKE_BACK_US = 500_000
 """How long before its TTL ends an unused permit is taken back."""
 
@@ -74,6 +76,11 @@ def writes(recorded: Iterable[Recorded], keys: Keys) -> list[Write]:
             case _:
                 pass
     return found
+
+
+def ended(entries: Iterable[Entry], keys: Keys) -> list[Write]:
+    """Deletes the permits these events ended: a server that lost the events may have them back."""
+    return writes([decode(entry) for entry in entries if entry.name in _ENDS], keys)
 
 
 def grants(event: Event) -> bool:

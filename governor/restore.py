@@ -15,6 +15,7 @@ from events.files import FileStore
 from events.histories import compare
 from events.store import Commit
 from events.types import Entry, Head, HistoryRestored
+from governor import permits
 from governor.ledger import Ledger, Proposal
 from governor.policy import Policy
 from governor.status import policy_of
@@ -55,7 +56,8 @@ async def restore(
         previous = page[-1].head
         for start in range(0, len(missing), BATCH):
             batch = missing[start : start + BATCH]
-            await ledger.store.commit(Commit(expected=head, entries=batch))
+            writes = permits.ended(batch, ledger.keys)
+            await ledger.store.commit(Commit(expected=head, entries=batch, writes=writes))
             head = batch[-1].head
             written += len(batch)
     await ledger.open()

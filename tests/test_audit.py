@@ -295,6 +295,10 @@ def test_what_a_server_lost_is_written_back_with_the_public_keys_and_a_hold_and_
     here.json("events", "--export", path)
     client.flushall()
     fill(client, MADE()[:left])
+    ended = [entry for entry in MADE()[left:] if entry.name in ("PERMIT_CONSUMED", "PERMIT_EXPIRED", "PERMIT_REVOKED")]
+    assert bool(ended) == (left < LAST)
+    for entry in ended:
+        client.set(f"quantum:permit:{json.loads(entry.data)['plan_id']}", "came back with the server")
     told = here.json("rebuild", "--from", path)
     assert told["events_restored"] == LAST - left
     entries = events_of(client)

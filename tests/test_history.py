@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from governor.gate import PermitGate
 from governor.history import Keeper, QuarantineError
 from governor.ledger import Ledger, Proposal
 from governor.settings import load
+from governor.sim.apply_layer import result_fields
 from tests.conftest import NewServer
 from tests.daemon import Daemon, daemon, events_of, fields_of, publish, wait_for
 from tests.proxy import Proxy
@@ -124,6 +126,31 @@ def test_what_redis_lost_comes_back_with_the_public_keys_and_a_hold_and_never_a_
     audit = one.json("replay")
     assert (audit["differences"], audit["chain"]) == ([], "ok")
     assert one.json("rebuild", "--check")["differences"] == []
+
+
+@pytest.mark.parametrize("end", ["revoked", "consumed"])
+def test_a_permit_that_came_back_with_a_server_is_dead_where_its_end_was_lost(
+    own_server: RedisServer, tmp_path: Path, end: str
+) -> None:
+    with own_server.client() as client, daemon(tmp_path, port=own_server.port, GOV_FALLBACK_QTY="0.001") as one:
+        permitted(client, "x", "BTCUSDT")
+        events, state, permit = stored(client), client.get(STATE), client.get("quantum:permit:x")
+        if end == "revoked":
+            one.command("disarm", "--reason", "bad fills")
+            wait_for(lambda: events_of(client, "MANUAL_DISARM"))
+        else:
+            PermitGate(client).consume("x", symbol="BTCUSDT")
+            proposal = {"plan_id": "x", "symbol": "BTCUSDT"}
+            done = result_fields(proposal, executed=True, qty="0.001", error="", now=time.time())
+            client.xadd("quantum:stream:apply.result", cast("Any", done))
+            wait_for(lambda: events_of(client, "PERMIT_CONSUMED"))
+        one.kill()
+        fill(client, events)
+        client.set(STATE, cast("Any", state))
+        client.set("quantum:permit:x", cast("Any", permit), ex=60)
+        one.start()
+        wait_for(lambda: events_of(client, "HISTORY_RESTORED"))
+        assert not client.exists("quantum:permit:x")
 
 
 def test_a_server_that_was_killed_and_came_back_whole_holds_nothing_back(
