@@ -403,14 +403,13 @@ class Ledger:
             return
         if (keeper is not None and keeper.always) or self._has_to_look(self._queue):
             return
-        batch = list(self._queue)
-        self._queue.clear()
-        draft = self._draft(self.state, batch)
-        self._queue.extend(batch)
+        waiting = list(self._queue)
+        left = list(waiting)
         try:
-            self._flight = self._launched(draft)
-        except UnjournaledError:  # the loop finds the same, where it is handled
-            self._queue.extendleft(item for item, _ in reversed(draft.outcomes))
+            self._flight = self._launched(self._draft(self.state, left))
+        except Exception:  # noqa: BLE001 - the loop finds the same, where it is handled
+            return
+        self._queue = deque(left)
 
     async def refresh(self) -> None:
         """Have the running loop fold what others committed."""

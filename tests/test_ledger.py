@@ -302,6 +302,22 @@ async def test_what_is_urgent_comes_before_what_was_started_and_not_committed(tr
     assert [codec.decode(entry).event.kind for entry in store.entries] == ["first", "second", "a"]  # type: ignore[union-attr]
 
 
+async def test_what_cannot_be_started_waits_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = await opened(store := Slow())
+
+    def broken(_: object) -> NoReturn:
+        raise RuntimeError("unexpected")
+
+    waiting = [it.enter(say(error(kind)), wake=False) for kind in ("a", "b")]
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "commit", broken)
+        it.start()
+    store.go.set()
+    async with running(it):
+        await asyncio.gather(*waiting)
+    assert [codec.decode(entry).event.kind for entry in store.entries] == ["a", "b"]  # type: ignore[union-attr]
+
+
 async def test_what_asks_for_news_is_not_started() -> None:
     it = await opened(store := Slow())
     asked = [asyncio.create_task(it.refresh()), asyncio.create_task(it.submit(say(error("a"))))]
