@@ -185,7 +185,7 @@ class Binance:
         """On the event loop's clock."""
         self._turning = False
         self._took_s = 0.0
-        """The latest good answer."""
+        """The latest answer, or how long it was waited for in vain."""
         self._http = HttpClient(self.base_url, _AGENT, connections=MAX_CONNECTIONS, idle_s=IDLE_S)
 
     def __repr__(self) -> str:
@@ -447,7 +447,6 @@ class Binance:
         try:
             answer = self._read(route, *await self._exchange(target, headers, deadline))
             outcome = "ok"
-            self._took_s = self._monotonic() - started
             return answer
         except ExchangeError as error:
             outcome = error.kind
@@ -456,8 +455,11 @@ class Binance:
             outcome = "connection"
             raise
         finally:
+            took_s = self._monotonic() - started
+            if outcome in ("ok", "timeout"):
+                self._took_s = took_s
             if self._on_call is not None:
-                self._on_call(name, self._monotonic() - started, outcome)
+                self._on_call(name, took_s, outcome)
 
     def _address(self, route: Route[T], symbol: str | None) -> tuple[str, Mapping[str, str]]:
         """Path with query, and headers. The query is sent as it stands, because so it is signed."""

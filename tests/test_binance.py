@@ -552,6 +552,21 @@ async def test_an_exchange_that_hangs_is_soon_waited_for_asleep(sim: ExchangeSim
     assert turns[-1] - turns[0] < 0.15
 
 
+async def test_an_exchange_that_hangs_is_no_longer_taken_for_near(
+    sim: ExchangeSim, rig: Rig, turns: list[float]
+) -> None:
+    client = rig(awake_s=0.05, timeout_s=0.2, monotonic=time.monotonic)
+    await client.warm_up()
+    sim.faults = lambda _: Fault.HANG
+    assert (await client.market("BTCUSDT")).position_error == "timeout"
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert turns
+    turns.clear()
+    assert (await client.market("BTCUSDT")).position_error == "timeout"
+    assert turns == []
+
+
 async def test_a_caller_that_leaves_takes_no_answer_from_another(sim: ExchangeSim, rig: Rig) -> None:
     client = rig()
     leaves, stays = (asyncio.create_task(client.market("BTCUSDT")) for _ in range(2))
