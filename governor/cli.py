@@ -108,8 +108,9 @@ def demo(*, seconds: float | None, speed: float, directory: str, port: int, svg:
 
     The daemon is the real one, as a process of its own. Within a minute: permits, blocks with their reasons, an
     expiry, a burst that disarms, the Apply Layer set to dry run, and a re-arm. The dashboard runs beside it, on
-    http://127.0.0.1:8045 or another free port, and what it says first tells how every other command finds the
-    demo from a second terminal. Ctrl-C leaves nothing running.
+    http://127.0.0.1:8045 or another free port, and its last line tells how every other command finds the demo from
+    a second terminal. Permits live 12 seconds there, so that one can be seen to expire. Ctrl-C leaves nothing running.
+    Without a terminal, what happens is told line by line.
     """
     try:
         from governor import demo as the_demo  # noqa: PLC0415

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from governor.demo.run import _home
 from tests.daemon import wait_for
 
 
@@ -47,6 +50,43 @@ def test_the_demo_shows_permits_blocks_an_expiry_a_disarm_and_a_rearm(tmp_path: 
     assert list(Path(told["data"]).glob("apply-layer.env.bak.*"))
     assert "DISARMED" in (tmp_path / "live.svg").read_text()
     assert _left_running(tmp_path) == []
+
+
+def test_without_a_terminal_what_happens_is_told_line_by_line_while_it_happens(tmp_path: Path) -> None:
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "governor", "demo", "--speed", "10", "--var", str(tmp_path)],
+            stdout=said, stderr=said, cwd=tmp_path, start_new_session=True,
+        )  # fmt: skip
+    try:
+        for line in (
+            r"EXECUTE +btc-1 ",
+            r"BLOCK +btc-3 .* kill_score_critical_non_close",
+            "a burst: third execution",
+            "AUTO_DISARM",
+            r"REARMED +demo: looked at it",
+        ):
+            wait_for(lambda: re.search(line, (tmp_path / "said").read_text()), within_s=20, what=line)  # noqa: B023
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(10) == 0
+    assert "\x1b" not in (tmp_path / "said").read_text()
+    assert _left_running(tmp_path) == []
+
+
+def test_a_run_has_a_directory_of_its_own_for_as_long_as_it_takes(tmp_path: Path) -> None:
+    first = _home(tmp_path)
+    with (first / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for number in range(6):
+            (tmp_path / f"demo-20261123T10000{number}").mkdir()
+        oldest = first.rename(tmp_path / "demo-20200101T000000")
+        newest = _home(tmp_path)
+        assert oldest.exists()
+        assert len(list(tmp_path.iterdir())) == 1 + 4 + 1
+    newest.rename(tmp_path / "demo-20261123T100009")
+    _home(tmp_path)
+    assert not oldest.exists()
 
 
 def test_ctrl_c_in_the_live_view_leaves_nothing_running(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,11 +19,13 @@ from typing import Any
 import redis.asyncio
 from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
 from events import store
 from events.keys import Keys
 from events.types import Decision, Execution, Recorded
 from governor.connection import now
+from governor.decider import DRY_RUN
 from governor.demo.stage import Stage, stop
 from governor.demo.story import REARM_AFTER_S, scenes
 from governor.envfile import effective
@@ -30,29 +34,33 @@ from governor.policy import Policy
 from governor.sim.apply_layer import PROPOSALS
 from governor.sim.exchange import PriceTape
 from governor.status import describe, policy_of
-from governor.view import Around, View
-from projections.state import State
+from governor.view import Around, View, event_text, worth_seeing
+from projections.state import DISARMED, State
 
 RUNS_KEPT = 5
 FRAME_S = 0.25
+LOCK = "lock"
+"""Held for as long as a run takes."""
 
 
 def main(*, directory: str, port: int, seconds: float | None, speed: float, svg: str | None, as_json: bool) -> int:
     """Run the demo; returns the exit code."""
     home = _home(Path(directory))
-    with contextlib.suppress(KeyboardInterrupt):
+    with (home / LOCK).open("wb") as lock, contextlib.suppress(KeyboardInterrupt):
+        fcntl.flock(lock, fcntl.LOCK_EX)
         asyncio.run(_Demo(home, port=port, seconds=seconds, speed=speed, svg=svg, as_json=as_json).run())
     return 0
 
 
 def _home(directory: Path) -> Path:
-    """A new directory for this run; only the last few are kept."""
-    old = sorted(directory.glob("demo-*"))[: -(RUNS_KEPT - 1)]
-    for path in old:
-        for file in sorted(path.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
-        path.rmdir()
-    return (directory / time.strftime("demo-%Y%m%dT%H%M%S")).absolute()
+    """A new directory for this run; of those that are over, only the last few are kept."""
+    for path in sorted(directory.glob("demo-*"))[: -(RUNS_KEPT - 1)]:
+        with contextlib.suppress(OSError), (path / LOCK).open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path)
+    home = (directory / f"{time.strftime('demo-%Y%m%dT%H%M%S')}-{os.getpid()}").absolute()
+    home.mkdir(parents=True)
+    return home
 
 
 class _Demo:
@@ -64,6 +72,9 @@ class _Demo:
         self.reasons: dict[str, int] = {}
         self.executions = 0
         self.view = View()
+        self.console = Console(stderr=True)
+        self.live = seconds is None and self.console.is_terminal
+        """Whether the view is drawn; otherwise what happens is told line by line, unless a program asked."""
         self.tells = ""
         self.place = ""
         self.seen: dict[str, int] = {}
@@ -72,6 +83,7 @@ class _Demo:
     async def run(self) -> None:
         async with Stage(self.home, port=self.port, speed=self.speed).open() as stage:
             self.stage = stage
+            self.beside = f"in another terminal: . {_short(stage.exports)}"
             client = store.client(host="127.0.0.1", port=stage.port, socket_timeout=5)
             keys = Keys()
             self.ledger = Ledger(
@@ -84,7 +96,8 @@ class _Demo:
             if dashboard is not None:
                 self.place = f"dashboard http://127.0.0.1:{stage.dashboard_port}"
                 print(f"demo: {self.place} (token to disarm: {stage.token.read_text()})", file=sys.stderr)  # noqa: T201
-            print(f"demo: for commands in another terminal: . {stage.exports}", file=sys.stderr)  # noqa: T201
+            print(f"demo: {self.beside}, then governor status, …", file=sys.stderr)  # noqa: T201
+            print("demo: permits live 12 s here, so that one can be seen to expire", file=sys.stderr)  # noqa: T201
             try:
                 await self._play(client, daemon)
             finally:
@@ -130,8 +143,18 @@ class _Demo:
         self.started = time.monotonic()
         for scene in scenes():
             await asyncio.sleep(max(0.0, self.started + scene.at / self.speed - time.monotonic()))
-            self.tells = scene.tells
+            self._tell(scene.tells)
             await client.rpush(PROPOSALS, json.dumps(scene.proposals))
+
+    def _tell(self, tells: str) -> None:
+        if self._apply_mode() == DRY_RUN and self.ledger.state.mode.state != DISARMED:
+            tells = "armed, but the Apply Layer is still in dry run: nothing trades, and a burst only throttles"
+        self.tells = tells
+        if not (self.live or self.as_json):
+            self.console.print(f"\n{tells}", style="dim", highlight=False, soft_wrap=True)
+
+    def _apply_mode(self) -> str | None:
+        return effective(self.stage.config.read_bytes(), "APPLY_MODE")
 
     async def _be_a_person(self) -> None:
         while True:
@@ -143,13 +166,16 @@ class _Demo:
 
     async def _rearm(self) -> None:
         """What a person does after looking at it: arm again and put the Apply Layer back."""
-        self.tells = "a person looked at it, arms again and puts the Apply Layer back"
+        self._tell("a person looked at it, arms again and puts the Apply Layer back")
         environ = self.stage.environ() | {"SUDO_USER": "demo-operator"}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "governor", "rearm", "--reason", "demo: looked at it", "--restore",
-            env=environ, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
-        await process.wait()
+        # Where it was in dry run before, nobody but the person knows what it is to be put back to.
+        for how in (["--restore"], ["--apply-mode", "testnet"]):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "governor", "rearm", "--reason", "demo: looked at it", *how,
+                env=environ, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+            )  # fmt: skip
+            if await process.wait() == 0:
+                return
 
     async def _move_prices(self) -> None:
         tape = PriceTape.load()
@@ -159,20 +185,21 @@ class _Demo:
             await asyncio.sleep(0.2)
 
     async def _show(self) -> None:
-        console = Console(stderr=True)
-        live = Live(console=console, refresh_per_second=8, screen=self.seconds is None and console.is_terminal)
-        with live if self.seconds is None else contextlib.nullcontext():
+        live = Live(console=self.console, refresh_per_second=8, screen=True)
+        with live if self.live else contextlib.nullcontext():
             while True:
                 with contextlib.suppress(store.UnavailableError):
                     await self.ledger.catch_up()
-                if self.seconds is None:
-                    live.update(self._picture(console.width, console.height))
+                if self.live:
+                    live.update(self._picture(self.console.width, self.console.height))
                 await asyncio.sleep(FRAME_S)
 
     def _observe(self, recorded: Recorded, _state: State) -> None:
         name = recorded.event.NAME
         self.seen[name] = self.seen.get(name, 0) + 1
         self.view.note(recorded)
+        if not (self.live or self.as_json) and worth_seeing(recorded.event):
+            self.console.print(event_text(recorded), soft_wrap=True)
         if name == "AUTO_DISARM" and self.svg:
             # A picture of the moment that matters, right after the disarm was proven.
             asyncio.get_running_loop().call_later(0.5 / self.speed, self._keep_picture)
@@ -185,10 +212,11 @@ class _Demo:
 
     def _picture(self, width: int, height: int) -> Any:
         state, at = self.ledger.state, now()
-        mode = effective(self.stage.config.read_bytes(), "APPLY_MODE")
+        mode = self._apply_mode()
         around = Around(now=at, place=self.place, heard_at=at, apply_mode=mode or "unknown", tells=self.tells)
-        told = describe(state, policy_of(state, Policy()), at)
-        return Group(*self.view.lines(told, around, width=width, height=height))
+        told = describe(state, policy_of(state, Policy()), at) if state.seq else None
+        beside = Text(self.beside, style="dim", no_wrap=True, overflow="ellipsis")
+        return Group(*self.view.lines(told, around, width=width, height=height - 1), beside)
 
     def _keep_picture(self) -> None:
         if self.svg is None:
@@ -218,7 +246,7 @@ class _Demo:
             "proven_disarms": self.seen.get("AUTO_DISARM", 0) + self.seen.get("MANUAL_DISARM", 0),
             "rearmed": self.seen.get("REARMED", 0),
             "restarts": self.stage.restarts,
-            "apply_mode": effective(self.stage.config.read_bytes(), "APPLY_MODE"),
+            "apply_mode": self._apply_mode(),
             "reasons": self.reasons,
             "daemon_exit": code,
             "events": self.ledger.state.seq,
@@ -229,6 +257,11 @@ class _Demo:
             return
         for name, value in told.items():
             print(f"{name:>16}  {value}")  # noqa: T201
+
+
+def _short(path: Path) -> str:
+    """As seen from here, where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 def _plain(value: Any) -> Any:

@@ -62,7 +62,7 @@ class Stage:
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Stage]:
         """Start server, exchange, stand-in and Apply Layer; stop them again, whatever happens."""
-        (self.home / "bin").mkdir(parents=True)
+        (self.home / "bin").mkdir()
         server = ValkeyServer(
             port=self._wanted_port, data_dir=self.home / "valkey", persist=True, appendonly="yes",
             appendfsync="everysec",

@@ -46,7 +46,10 @@ def scenes() -> Iterator[Scene]:
     for n in range(1, 10_000):
         symbol = chance.choice(["BTCUSDT", "LTCUSDT", "ADAUSDT"])
         action = chance.choice(["PARTIAL_25", "PARTIAL_50", "UPDATE_SL"])
-        yield Scene(54 + 6.0 * n, [_plan(f"{symbol[:3].lower()}-more-{n}", symbol, action)], "life goes on")
+        # With three executions an hour, most of an hour is waiting.
+        decision = "EXECUTE" if n % 4 == 0 else "SKIP"
+        plan = _plan(f"{symbol[:3].lower()}-more-{n}", symbol, action, decision=decision)
+        yield Scene(54 + 6.0 * n, [plan], "life goes on")
 
 
 def _plan(plan_id: str, symbol: str, action: str, **more: Any) -> Proposal:
