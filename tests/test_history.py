@@ -144,6 +144,7 @@ def test_a_permit_that_came_back_with_a_server_is_dead_where_its_end_was_lost(
             done = result_fields(proposal, executed=True, qty="0.001", error="", now=time.time())
             client.xadd("quantum:stream:apply.result", cast("Any", done))
             wait_for(lambda: events_of(client, "PERMIT_CONSUMED"))
+        wait_for(lambda: journaled(one, tmp_path, stored(client)[-1].hash), what="the end in the journal")
         one.kill()
         fill(client, events)
         client.set(STATE, cast("Any", state))
